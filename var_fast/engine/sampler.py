@@ -1,0 +1,143 @@
+"""Sampler: images from labels and seeds, an image independent of the batch it is made in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from var_fast.engine.philox import uniforms
+from var_fast.errors import UserError
+from var_fast.models import VAR
+from var_fast.models.var import check_finite, check_sampling_options
+from var_fast.ops import filter_logits_, sample_tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKEN_STREAM, GUMBEL_STREAM = 0, 1
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 matrix products in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+class Sampler:
+    """Samples a VAR with one random stream per image, keyed by (seed of the image, scale, token).
+
+    `dtype`: "float32" (the reference's tokens), "bfloat16" or "float16" (autocast), or "auto": bfloat16 where the device
+    computes in it, else float32. `device`: moves the model there; None: where it is. `max_batch`: larger requests are made
+    in parts. Raises UserError for an unknown dtype or device.
+    """
+
+    def __init__(
+        self, var: VAR, *, dtype: str = "auto", device: str | torch.device | None = None, max_batch: int = 64
+    ):
+        if max_batch < 1:
+            raise UserError(f"max_batch is {max_batch}, expected at least 1")
+        self.vae = var.vae_proxy[0]
+        if device is not None:
+            try:
+                var.to(device)
+                self.vae.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f"device is {str(device)!r}, which cannot be used here: {error}") from error
+        self.var, self.max_batch, self.device = var.eval(), max_batch, var.lvl_1L.device
+        self.vae.eval()
+        if dtype == "auto":
+            dtype = "bfloat16" if computes_in_bfloat16(self.device) else "float32"
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
+        self.dtype = DTYPES[dtype]
+
+    def sample(
+        self,
+        labels: Sequence[int] | torch.Tensor,
+        seeds: Sequence[int] | torch.Tensor,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        more_smooth: bool = False,
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1], one for each of the B labels and seeds.
+
+        Labels are 0 to num_classes - 1, or num_classes for the null class; `cfg` guidance at the last scale, growing from 0;
+        `top_k` 0 and `top_p` 0 keep all codes; `more_smooth` mixes codes by a Gumbel softmax (for pictures, not for
+        metrics). Raises UserError for arguments out of range and for logits that are not finite.
+        """
+        parts = []
+        for part in self._parts(labels, seeds, cfg, top_k, top_p):
+            for f_hat_BChw in self._scales(*part, cfg, top_k, top_p, more_smooth):
+                pass
+            parts.append(self._decode(f_hat_BChw))
+        return torch.cat(parts)
+
+    def stream(
+        self,
+        labels: Sequence[int] | torch.Tensor,
+        seeds: Sequence[int] | torch.Tensor,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        more_smooth: bool = False,
+    ) -> Iterator[torch.Tensor]:
+        """As `sample`, but yields the images after each scale; the last are the finished ones."""
+        parts = [
+            self._scales(*part, cfg, top_k, top_p, more_smooth) for part in self._parts(labels, seeds, cfg, top_k, top_p)
+        ]
+        # One part at a time would hold back the first images, so all parts advance together.
+        while f_hats := [f_hat for part in parts if (f_hat := next(part, None)) is not None]:
+            yield torch.cat([self._decode(f_hat) for f_hat in f_hats])
+
+    def _parts(self, labels, seeds, cfg, top_k, top_p) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        check_sampling_options(cfg, top_k, top_p)
+        label_B = torch.as_tensor(labels, dtype=torch.int64).flatten()
+        seed_B = torch.as_tensor(seeds, dtype=torch.int64).flatten()
+        if len(label_B) != len(seed_B) or len(label_B) == 0:
+            raise UserError(f"{len(label_B)} labels and {len(seed_B)} seeds, expected as many of each and at least one")
+        label_B = self.var._labels(len(label_B), label_B, None)
+        return list(
+            zip(label_B.split(self.max_batch), seed_B.to(self.device).split(self.max_batch), strict=True)
+        )
+
+    def _autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @torch.no_grad()
+    def _scales(self, label_B, seed_B, cfg, top_k, top_p, more_smooth) -> Iterator[torch.Tensor]:
+        embedding_VC = self.var.vae_quant_proxy[0].embedding.weight
+        last = max(self.var.num_stages_minus_1, 1)
+
+        def draw(si, cond_BlV, uncond_BlV, t):
+            check_finite(cond_BlV if uncond_BlV is None else cond_BlV + uncond_BlV, si)
+            u_Bl = uniforms(seed_B, TOKEN_STREAM, si, cond_BlV.shape[1]).squeeze(-1)
+            idx_Bl = sample_tokens(cond_BlV, uncond_BlV, t, top_k, top_p, u_Bl)
+            if not more_smooth:
+                return idx_Bl, None
+            ratio = si / last
+            tau = max(0.27 * (1 - ratio * 0.95), 0.005)
+            logits_BlV = cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV
+            logits_BlV = filter_logits_(logits_BlV.clone(), top_k, top_p) * (1 + ratio)
+            u_BlV = uniforms(seed_B, GUMBEL_STREAM, si, *logits_BlV.shape[1:])
+            gumbel_BlV = -torch.log(-torch.log(u_BlV.clamp_min(2**-25)))
+            weights_BlV = ((logits_BlV + gumbel_BlV) / tau).softmax(dim=-1)
+            return idx_Bl, weights_BlV @ embedding_VC
+
+        with self._autocast():
+            scales = self.var.sample_scales(label_B, cfg, draw)
+        while True:
+            # Entered anew for each scale: between two of them the caller's own code runs.
+            with self._autocast():
+                f_hat_BChw = next(scales, None)
+            if f_hat_BChw is None:
+                return
+            yield f_hat_BChw
+
+    @torch.no_grad()
+    def _decode(self, f_hat_BChw: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            return self.vae.fhat_to_img(f_hat_BChw).float().add_(1).mul_(0.5)

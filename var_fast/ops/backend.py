@@ -1,0 +1,94 @@
+"""Which implementation an operator runs: the one place where that is decided.
+
+Every operator has a PyTorch reference, which runs on any device. Faster implementations are listed in FAST_BACKENDS.
+A backend that was asked for by name, in the call or by the environment variable VAR_FAST_BACKEND, either runs or
+raises; only "auto" may choose the reference because nothing faster is there.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+from var_fast.errors import UserError
+
+CHOICES = ("auto", "reference", "triton", "native")
+
+# operator -> {fast backend: device types it runs on}, the preferred backend first
+FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "adaln_modulate": {},
+    "residual_adaln_modulate": {},
+    "qk_norm": {},
+    "scale_attention": {},
+    "codebook_search": {},
+    "multiscale_quantize": {},
+    "scale_cross_entropy": {},
+    "sample_tokens": {"native": ("cpu",)},
+    "pyramid_update": {},
+    "group_norm_silu": {},
+}
+
+
+class BackendUnavailable(UserError):
+    """A backend asked for by name cannot run the operator here."""
+
+
+@cache
+def native_problem() -> str | None:
+    """Why the compiled extension var_fast._C cannot be used, or None if it can."""
+    try:
+        import var_fast._C  # noqa: F401
+    except ImportError as error:
+        return f"the extension var_fast._C is not built or does not load ({error}); run: pip install -e ."
+    return None
+
+
+def choose_backend(op: str, device: torch.device | str, requested: str = "auto") -> str:
+    """The backend ("reference", "triton" or "native") that runs operator `op` on tensors of `device`.
+
+    `requested` is the caller's choice; "auto" gives way to the environment variable VAR_FAST_BACKEND.
+
+    Raises UserError for an unknown backend name, BackendUnavailable for a backend that was named and cannot run here.
+    """
+    return _choose(op, torch.device(device).type, requested)[0]
+
+
+def explain(op: str, device_type: str) -> tuple[str, str]:
+    """What `choose_backend(op, device_type)` answers, and why, in a few words.
+
+    Raises what `choose_backend` raises, since VAR_FAST_BACKEND counts here too.
+    """
+    return _choose(op, device_type, "auto")
+
+
+def _choose(op: str, device_type: str, requested: str) -> tuple[str, str]:
+    origin = "asked for in the call"
+    if requested == "auto":
+        requested, origin = os.environ.get("VAR_FAST_BACKEND") or "auto", "asked for by VAR_FAST_BACKEND"
+    if requested not in CHOICES:
+        raise UserError(f"backend is {requested!r} ({origin}), expected one of {', '.join(CHOICES)}")
+    if requested == "reference":
+        return "reference", origin
+    if requested != "auto":
+        problem = _problem(op, requested, device_type)
+        if problem:
+            raise BackendUnavailable(f"{op}: backend {requested!r} ({origin}) cannot run on {device_type}: {problem}")
+        return requested, origin
+    problems = []
+    for backend in FAST_BACKENDS[op]:
+        problem = _problem(op, backend, device_type)
+        if problem is None:
+            return backend, f"the fastest {op} for {device_type}"
+        problems.append(f"{backend}: {problem}")
+    return "reference", "; ".join(problems) or "nothing faster in this version"
+
+
+def _problem(op: str, backend: str, device_type: str) -> str | None:
+    devices = FAST_BACKENDS[op].get(backend)
+    if devices is None:
+        return f"{op} has no {backend} implementation in this version"
+    if device_type not in devices:
+        return f"implemented for {', '.join(devices)} only"
+    return native_problem() if backend == "native" else None
