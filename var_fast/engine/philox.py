@@ -29,7 +29,8 @@ def philox4x32(counter_N4: torch.Tensor, key_N2: torch.Tensor) -> torch.Tensor:
 
 
 def uniforms(seeds_B: torch.Tensor, stream: int, scale: int, tokens: int, per_token: int = 1) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (B, tokens, per_token) float32, a function of (seed, stream, scale, token, place) only.
+    """Uniform numbers in [0, 1), (B, tokens, per_token) float32, a function of (seed, stream, scale, token, place)
+    only.
 
     Seeds are int64; `stream` keeps numbers of different use apart. 24 bits each: every value is exact in float32.
     """

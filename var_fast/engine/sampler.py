@@ -27,14 +27,12 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 class Sampler:
     """Samples a VAR with one random stream per image, keyed by (seed of the image, scale, token).
 
-    `dtype`: "float32" (the reference's tokens), "bfloat16" or "float16" (autocast), or "auto": bfloat16 where the device
-    computes in it, else float32. `device`: moves the model there; None: where it is. `max_batch`: larger requests are made
-    in parts. Raises UserError for an unknown dtype or device.
+    `dtype`: "float32" (the reference's tokens), "bfloat16" or "float16" (autocast), or "auto": bfloat16 where the
+    device computes in it, else float32. `device`: moves the model there; None: where it is. `max_batch`: larger
+    requests are made in parts. Raises UserError for an unknown dtype or device.
     """
 
-    def __init__(
-        self, var: VAR, *, dtype: str = "auto", device: str | torch.device | None = None, max_batch: int = 64
-    ):
+    def __init__(self, var: VAR, *, dtype: str = "auto", device: str | torch.device | None = None, max_batch: int = 64):
         if max_batch < 1:
             raise UserError(f"max_batch is {max_batch}, expected at least 1")
         self.vae = var.vae_proxy[0]
@@ -63,14 +61,13 @@ class Sampler:
     ) -> torch.Tensor:
         """Images (B, 3, H, W) float32 in [0, 1], one for each of the B labels and seeds.
 
-        Labels are 0 to num_classes - 1, or num_classes for the null class; `cfg` guidance at the last scale, growing from 0;
-        `top_k` 0 and `top_p` 0 keep all codes; `more_smooth` mixes codes by a Gumbel softmax (for pictures, not for
-        metrics). Raises UserError for arguments out of range and for logits that are not finite.
+        Labels are 0 to num_classes - 1, or num_classes for the null class; `cfg` guidance at the last scale, growing
+        from 0; `top_k` 0 and `top_p` 0 keep all codes; `more_smooth` mixes codes by a Gumbel softmax (for pictures,
+        not for metrics). Raises UserError for arguments out of range and for logits that are not finite.
         """
         parts = []
         for part in self._parts(labels, seeds, cfg, top_k, top_p):
-            for f_hat_BChw in self._scales(*part, cfg, top_k, top_p, more_smooth):
-                pass
+            *_, f_hat_BChw = self._scales(*part, cfg, top_k, top_p, more_smooth)
             parts.append(self._decode(f_hat_BChw))
         return torch.cat(parts)
 
@@ -85,7 +82,8 @@ class Sampler:
     ) -> Iterator[torch.Tensor]:
         """As `sample`, but yields the images after each scale; the last are the finished ones."""
         parts = [
-            self._scales(*part, cfg, top_k, top_p, more_smooth) for part in self._parts(labels, seeds, cfg, top_k, top_p)
+            self._scales(*part, cfg, top_k, top_p, more_smooth)
+            for part in self._parts(labels, seeds, cfg, top_k, top_p)
         ]
         # One part at a time would hold back the first images, so all parts advance together.
         while f_hats := [f_hat for part in parts if (f_hat := next(part, None)) is not None]:
@@ -98,9 +96,7 @@ class Sampler:
         if len(label_B) != len(seed_B) or len(label_B) == 0:
             raise UserError(f"{len(label_B)} labels and {len(seed_B)} seeds, expected as many of each and at least one")
         label_B = self.var._labels(len(label_B), label_B, None)
-        return list(
-            zip(label_B.split(self.max_batch), seed_B.to(self.device).split(self.max_batch), strict=True)
-        )
+        return list(zip(label_B.split(self.max_batch), seed_B.to(self.device).split(self.max_batch), strict=True))
 
     def _autocast(self):
         if self.dtype == torch.float32:

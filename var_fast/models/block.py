@@ -40,8 +40,8 @@ class FFN(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention. `attn_l2_norm`: queries and keys at unit length times a learned scale per head (at most
-    100); otherwise scores are scaled by 0.25 / sqrt(head_dim)."""
+    """Multi-head self-attention. `attn_l2_norm`: queries and keys at unit length times a learned scale per head (at
+    most 100); otherwise scores are scaled by 0.25 / sqrt(head_dim)."""
 
     def __init__(
         self,
@@ -157,9 +157,7 @@ class AdaLNSelfAttn(nn.Module):
 
     def modulation(self, cond_BD: torch.Tensor) -> Modulation:
         """This block's gates, scales and shifts for a condition (B, D), or for the shared modulation (B, 1, 6, C)."""
-        six_B6C = (
-            (self.ada_gss + cond_BD).squeeze(1) if self.shared_aln else self.ada_lin(cond_BD).view(-1, 6, self.C)
-        )
+        six_B6C = (self.ada_gss + cond_BD).squeeze(1) if self.shared_aln else self.ada_lin(cond_BD).view(-1, 6, self.C)
         return six_B6C.unbind(1)
 
     def forward(

@@ -28,9 +28,11 @@ def build_vae_var(
     init_head: float = 0.02,
     init_std: float = -1,
 ) -> tuple[VQVAE, VAR]:
-    """A frozen tokenizer and an initialised transformer of `depth` blocks, `depth` heads and width 64 * depth on `device`.
+    """A frozen tokenizer and an initialised transformer of `depth` blocks, `depth` heads and width 64 * depth on
+    `device`.
 
-    Drop path grows with depth, 0.1 * depth / 24, and `init_std` < 0 means sqrt(1 / (3 width)) (VAR section 3.2, appendix).
+    Drop path grows with depth, 0.1 * depth / 24, and `init_std` < 0 means sqrt(1 / (3 width)) (VAR section 3.2,
+    appendix).
     """
     vae = VQVAE(
         vocab_size=V,
@@ -57,7 +59,5 @@ def build_vae_var(
         flash_if_available=flash_if_available,
         fused_if_available=fused_if_available,
     ).to(device)
-    var.init_weights(
-        init_adaln=init_adaln, init_adaln_gamma=init_adaln_gamma, init_head=init_head, init_std=init_std
-    )
+    var.init_weights(init_adaln=init_adaln, init_adaln_gamma=init_adaln_gamma, init_head=init_head, init_std=init_std)
     return vae, var

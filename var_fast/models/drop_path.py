@@ -7,7 +7,8 @@ from torch import nn
 
 
 class DropPath(nn.Module):
-    """In training, zeroes a branch's gate (B, C) for each image with probability `drop_prob`, and scales the kept ones up.
+    """In training, zeroes a branch's gate (B, C) for each image with probability `drop_prob`, and scales the kept
+    ones up.
 
     Dropping the gate is dropping the branch: no second pass over the tokens.
     """

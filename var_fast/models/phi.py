@@ -1,4 +1,4 @@
-"""phi: the convolutions that mend what interpolation loses, one for each range of scales (VAR section 3.1, algorithm 1)."""
+"""phi: the convolutions that mend what interpolation loses, by range of scales (VAR section 3.1, algorithm 1)."""
 
 from __future__ import annotations
 

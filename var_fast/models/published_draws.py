@@ -7,9 +7,7 @@ import torch
 from var_fast.ops import filter_logits_
 
 
-def draw_tokens(
-    logits_BlV: torch.Tensor, top_k: int, top_p: float, generator: torch.Generator | None
-) -> torch.Tensor:
+def draw_tokens(logits_BlV: torch.Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> torch.Tensor:
     """One multinomial over all tokens of a scale: (B, l, V) -> (B, l) int64. The logits are filtered in place."""
     B, length, V = logits_BlV.shape
     probs_NV = filter_logits_(logits_BlV, top_k, top_p).softmax(dim=-1).view(-1, V)

@@ -41,16 +41,16 @@ class VectorQuantizer2(nn.Module):
         self.vocab_size, self.Cvae, self.using_znorm, self.beta = vocab_size, Cvae, using_znorm, beta
         self.v_patch_nums: tuple[int, ...] = tuple(v_patch_nums)
         self.quant_resi_ratio = quant_resi
-        self.quant_resi = build_phi(
-            Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums)
-        )
+        self.quant_resi = build_phi(Cvae, quant_resi, share_quant_resi, default_qresi_counts or len(self.v_patch_nums))
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
         self.record_hit = 0
         self.embedding = nn.Embedding(vocab_size, Cvae)
         self.prog_si = -1
 
     def eini(self, eini: float) -> None:
-        """Initialise the codebook: eini > 0 truncated normal of that deviation, < 0 uniform in +-|eini| / vocab_size."""
+        """Initialise the codebook: eini > 0 truncated normal of that deviation, < 0 uniform in +-|eini| /
+        vocab_size.
+        """
         if eini > 0:
             nn.init.trunc_normal_(self.embedding.weight.data, std=eini)
         elif eini < 0:
@@ -70,8 +70,9 @@ class VectorQuantizer2(nn.Module):
     ) -> tuple[torch.Tensor, list[float] | None, torch.Tensor]:
         """Training step of the quantizer: (f_hat with straight-through gradient, code use per scale in %, VQ loss).
 
-        The loss is the mean over scales of |f_hat_k - sg(f)|^2 + beta |sg(f_hat_k) - f|^2, f_hat_k the sum up to scale k.
-        In training mode the code counts (summed over ranks) enter `ema_vocab_hit_SV`; `record_hit` counts the steps.
+        The loss is the mean over scales of |f_hat_k - sg(f)|^2 + beta |sg(f_hat_k) - f|^2, f_hat_k the sum up to
+        scale k. In training mode the code counts (summed over ranks) enter `ema_vocab_hit_SV`; `record_hit` counts
+        the steps.
         """
         f_BChw = f_BChw.float()
         f_no_grad_BChw = f_BChw.detach()
@@ -149,9 +150,11 @@ class VectorQuantizer2(nn.Module):
 
     @torch.no_grad()
     def idxBl_to_var_input(self, gt_ms_idx_Bl: list[torch.Tensor]) -> torch.Tensor | None:
-        """Teacher forcing: what the transformer is given for scales 1.. when these are the true tokens (VAR algorithm 2).
+        """Teacher forcing: what the transformer is given for scales 1.. when these are the true tokens (VAR algorithm
+        2).
 
-        Takes the tokens (B, l) of every scale, returns (B, L - first_l, Cvae) float32; None where `prog_si` leaves no scale.
+        Takes the tokens (B, l) of every scale, returns (B, L - first_l, Cvae) float32; None where `prog_si` leaves no
+        scale.
         """
         B, side = gt_ms_idx_Bl[0].shape[0], self.v_patch_nums[-1]
         f_hat_BChw = self.embedding.weight.new_zeros(B, self.Cvae, side, side, dtype=torch.float32)
@@ -160,9 +163,7 @@ class VectorQuantizer2(nn.Module):
             if 0 <= self.prog_si <= si:
                 break
             h_BCpp = self._tokens_to_map(gt_ms_idx_Bl[si], self.v_patch_nums[si])
-            f_hat_BChw, next_BCpp = self.get_next_autoregressive_input(
-                si, len(self.v_patch_nums), f_hat_BChw, h_BCpp
-            )
+            f_hat_BChw, next_BCpp = self.get_next_autoregressive_input(si, len(self.v_patch_nums), f_hat_BChw, h_BCpp)
             maps_BlC.append(next_BCpp.flatten(2).transpose(1, 2))
         return torch.cat(maps_BlC, dim=1) if maps_BlC else None
 
@@ -172,7 +173,9 @@ class VectorQuantizer2(nn.Module):
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: torch.Tensor, h_BChw: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds scale `si`'s map (B, Cvae, pn, pn) to f_hat in place; (f_hat, next scale's map), f_hat itself at the end."""
+        """Adds scale `si`'s map (B, Cvae, pn, pn) to f_hat in place; (f_hat, next scale's map), f_hat itself at the
+        end.
+        """
         side = self.v_patch_nums[-1]
         f_hat.add_(self.quant_resi[scale_position(si, SN)](bicubic_up(h_BChw, (side, side))))
         if si == SN - 1:

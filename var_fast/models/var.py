@@ -18,14 +18,14 @@ from var_fast.models.published_draws import draw_tokens, gumbel_weights
 from var_fast.models.vqvae import VQVAE
 
 Draw = Callable[[int, torch.Tensor, torch.Tensor | None, float], tuple[torch.Tensor, torch.Tensor | None]]
-"""(scale, conditional logits (B, l, V), unconditional ones or None, guidance t) -> (tokens (B, l), code maps or None)."""
+"""(scale, conditional logits (B, l, V), unconditional ones or None, guidance t) -> (tokens (B, l), codes or None)."""
 
 
 class VAR(TransformerHubMixin, nn.Module):
     """Decoder-only transformer with adaptive layer norm over the token maps of a tokenizer.
 
-    The tokenizer `vae_local` is kept out of the parameters and of the state dict (`vae_proxy`). `patch_nums` are the sides
-    of the scales, L = sum(pn^2) tokens in all, C = `embed_dim`, V = the tokenizer's codes.
+    The tokenizer `vae_local` is kept out of the parameters and of the state dict (`vae_proxy`). `patch_nums` are the
+    sides of the scales, L = sum(pn^2) tokens in all, C = `embed_dim`, V = the tokenizer's codes.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ class VAR(TransformerHubMixin, nn.Module):
         """Teacher forcing: logits (B, L, V) of every token, given the true ones of the earlier scales.
 
         label_B (B,) int64 in [0, num_classes]; x_BLCv_wo_first_l (B, L - first_l, Cvae) from
-        `VectorQuantizer2.idxBl_to_var_input`. With `prog_si` >= 0, L ends with that scale. Each label is replaced by the
-        null class with probability `cond_drop_rate`, in evaluation mode too, as in the published code.
+        `VectorQuantizer2.idxBl_to_var_input`. With `prog_si` >= 0, L ends with that scale. Each label is replaced by
+        the null class with probability `cond_drop_rate`, in evaluation mode too, as in the published code.
         """
         end = self.begin_ends[self.prog_si][1] if self.prog_si >= 0 else self.L
         device_type = label_B.device.type
@@ -210,8 +210,7 @@ class VAR(TransformerHubMixin, nn.Module):
             tau = max(0.27 * (1 - ratio * 0.95), 0.005)
             return idx_Bl, gumbel_weights(logits_BlV * (1 + ratio), tau, rng) @ embedding_VC
 
-        for f_hat_BChw in self.sample_scales(label_B, cfg, draw):
-            pass
+        *_, f_hat_BChw = self.sample_scales(label_B, cfg, draw)
         return self.vae_proxy[0].fhat_to_img(f_hat_BChw).add_(1).mul_(0.5)
 
     def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
@@ -237,8 +236,8 @@ class VAR(TransformerHubMixin, nn.Module):
         """The sampling loop (VAR figure 4): yields f_hat (B, Cvae, h, w), the same tensor, after each scale.
 
         `draw` picks the tokens of a scale. What does not depend on the scale, the blocks' modulation, is computed once.
-        Without guidance the unconditional half is not computed at all; at the first scale, where guidance is 0, only its
-        keys and values are.
+        Without guidance the unconditional half is not computed at all; at the first scale, where guidance is 0, only
+        its keys and values are.
         """
         quantize, B = self.vae_quant_proxy[0], label_B.shape[0]
         guided = cfg != 0 and self.num_stages_minus_1 > 0
@@ -262,9 +261,7 @@ class VAR(TransformerHubMixin, nn.Module):
             if h_BlC is None:
                 h_BlC = quantize.embedding(idx_Bl)
             h_BCpp = h_BlC.float().transpose(1, 2).reshape(B, self.Cvae, pn, pn)
-            f_hat_BChw, next_BCpp = quantize.get_next_autoregressive_input(
-                si, len(self.patch_nums), f_hat_BChw, h_BCpp
-            )
+            f_hat_BChw, next_BCpp = quantize.get_next_autoregressive_input(si, len(self.patch_nums), f_hat_BChw, h_BCpp)
             if si < self.num_stages_minus_1:
                 begin, end = self.begin_ends[si + 1]
                 x_BlC = self.word_embed(next_BCpp.flatten(2).transpose(1, 2)) + pos_1LC[:, begin:end]

@@ -14,8 +14,8 @@ from var_fast.models.quantizer import VectorQuantizer2
 
 
 class VQVAE(TokenizerHubMixin, nn.Module):
-    """Encoder, multi-scale quantizer, decoder. Images are (B, 3, H, W) in [-1, 1], H and W `downsample` times the largest
-    of `v_patch_nums`.
+    """Encoder, multi-scale quantizer, decoder. Images are (B, 3, H, W) in [-1, 1], H and W `downsample` times the
+    largest of `v_patch_nums`.
 
     `ch` channels at full resolution, times `ch_mult` at each halving; `ch_mult` (1, 1, 2, 2, 4) is the published one
     (16x down-sampling); shorter ones make tokenizers for smaller images.

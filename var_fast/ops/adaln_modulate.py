@@ -1,4 +1,4 @@
-"""adaln_modulate: layer norm whose scale and shift come from the condition (adaptive layer norm, DiT; VAR section 3.2)."""
+"""adaln_modulate: layer norm whose scale and shift come from the condition (adaptive layer norm; VAR section 3.2)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def residual_adaln_modulate(
     Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run.
     """
     if branch_BLC.shape != x_BLC.shape:
-        raise ValueError(f"branch_BLC has shape {tuple(branch_BLC.shape)}, expected that of x_BLC, {tuple(x_BLC.shape)}")
+        raise ValueError(f"branch_BLC has shape {tuple(branch_BLC.shape)}, expected x_BLC's, {tuple(x_BLC.shape)}")
     _check_modulation(x_BLC, gate_BC=gate_BC, scale_BC=scale_BC, shift_BC=shift_BC)
     choose_backend("residual_adaln_modulate", x_BLC.device, backend)
     return residual_adaln_modulate_reference(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)

@@ -56,10 +56,10 @@ def multiscale_quantize(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Tokens of every scale and the sum of their maps, each scale coding what the earlier ones left over.
 
-    Shapes: f (B, C, h, w); codebook (V, C); patch_nums: sides (or (height, width) pairs) of the scales, the last equal to
-    (h, w); phi(position in [0, 1]) -> layer on (B, C, h, w). Result: list of (B, l) int64, and f_hat (B, C, h, w).
-    `on_scale` sees the f_hat of every scale. Gradients as the caller's grad mode says, never through the indices.
-    Raises ValueError where the last scale is not (h, w), BackendUnavailable where a named backend cannot run.
+    Shapes: f (B, C, h, w); codebook (V, C); patch_nums: sides (or (height, width) pairs) of the scales, the last
+    equal to (h, w); phi(position in [0, 1]) -> layer on (B, C, h, w). Result: list of (B, l) int64, and f_hat (B, C,
+    h, w). `on_scale` sees the f_hat of every scale. Gradients as the caller's grad mode says, never through the
+    indices. Raises ValueError where the last scale is not (h, w), BackendUnavailable where a named backend cannot run.
     """
     last = patch_nums[-1] if not isinstance(patch_nums[-1], int) else (patch_nums[-1],) * 2
     if tuple(f_BChw.shape[-2:]) != tuple(last):

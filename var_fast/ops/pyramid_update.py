@@ -1,4 +1,6 @@
-"""pyramid_update: one sampled scale added to f_hat, and the map the next scale starts from (VAR section 3.1, algorithm 2)."""
+"""pyramid_update: a sampled scale is added to f_hat, the next scale's map drawn from it (VAR section 3.1, algorithm
+2).
+"""
 
 from __future__ import annotations
 

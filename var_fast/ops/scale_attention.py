@@ -49,7 +49,8 @@ def scale_attention(
         raise ValueError(f"q_BLHD has L = {L} tokens, expected a prefix of the scales {tuple(patch_nums)}: {ends[1:]}")
     if not q_BLHD.shape == k_BLHD.shape == v_BLHD.shape:
         raise ValueError(
-            f"q, k, v have shapes {tuple(q_BLHD.shape)}, {tuple(k_BLHD.shape)}, {tuple(v_BLHD.shape)}: expected the same"
+            f"q, k, v have shapes {tuple(q_BLHD.shape)}, {tuple(k_BLHD.shape)}, {tuple(v_BLHD.shape)}: "
+            "expected the same"
         )
     choose_backend("scale_attention", q_BLHD.device, backend)
     return scale_attention_reference(q_BLHD, k_BLHD, v_BLHD, patch_nums, softmax_scale)

@@ -42,9 +42,9 @@ def scale_cross_entropy(
     """Cross-entropy of the codes predicted from h by the head (weight, bias), and its parts by scale.
 
     loss = mean over B of the sum over L of token weight times cross-entropy; weights default to 1 / L.
-    Shapes: h (B, L, C), weight (V, C), bias (V,), target (B, L) int64, token_weight (B, L). Result: loss (), and per scale
-    of `patch_nums` (or of a prefix of them; None: one scale) mean loss (S,) and accuracy (S,), both without gradient.
-    Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run.
+    Shapes: h (B, L, C), weight (V, C), bias (V,), target (B, L) int64, token_weight (B, L). Result: loss (), and per
+    scale of `patch_nums` (or of a prefix of them; None: one scale) mean loss (S,) and accuracy (S,), both without
+    gradient. Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run.
     """
     if target_BL.shape != h_BLC.shape[:2]:
         raise ValueError(f"target_BL has shape {tuple(target_BL.shape)}, expected (B, L) = {tuple(h_BLC.shape[:2])}")

@@ -1,0 +1,51 @@
+# make demo, make test ... set up what they need: a virtual environment in .venv unless one is active, then var_fast
+# in it. A second run finds it done. TORCH=torch==2.13.0 may name another version or a wheel.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN := $(VENV)/bin
+# one stamp per environment, so that two environments can share a checkout
+STAMP := .stamp$(subst /,-,$(VENV))
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint gpu-check clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP)-run  ## sample 16 images from the model in this package into demo.png
+	@$(BIN)/var-fast sample --model demo --seeds 0-15 --out demo.png
+	@echo "the picture is $(CURDIR)/demo.png"
+
+test: $(STAMP)-test  ## every test that needs no GPU
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)-test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-check:  ## build with the python3 at hand (no network needed), run the tests marked gpu, write gpu_check.json
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m var_fast.gpu_check
+
+clean:  ## remove what was built here; a virtual environment stays
+	rm -rf build dist *.egg-info .stamp-* var_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# an active environment has its pyvenv.cfg already (or is not a venv, as conda's: then nothing to make either)
+$(VENV)/pyvenv.cfg:
+	@test -n "$(VIRTUAL_ENV)" || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); false; }
+
+$(STAMP)-run: $(VENV)/pyvenv.cfg $(SOURCES)
+	$(call install,.)
+	@touch $@
+
+$(STAMP)-test: $(VENV)/pyvenv.cfg $(SOURCES)
+	$(call install,'.[test]')
+	@touch $@ $(STAMP)-run
+
+define install
+	@$(BIN)/python -c 'import torch' 2>/dev/null || (set -x; $(BIN)/python -m pip install -q $(TORCH))
+	$(BIN)/python -m pip install -q -e $(1)
+endef

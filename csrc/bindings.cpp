@@ -1,0 +1,34 @@
+// Python bindings of the native operators. Tensors arrive as addresses, checked by var_fast/ops/<operator>.py:
+// so this file needs pybind11 alone, and builds in seconds.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+const T* pointer(uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+
+int64_t sample_tokens(uintptr_t cond, uintptr_t uncond, bool is_double, int64_t rows, int64_t V, double guidance,
+                      int64_t top_k, double top_p, uintptr_t u, uintptr_t index, int threads) {
+    py::gil_scoped_release without_gil;
+    const auto run = [&](auto element) {
+        using T = decltype(element);
+        return var_fast::sample_tokens<T>(pointer<T>(cond), pointer<T>(uncond), rows, V, guidance, top_k, top_p,
+                                          pointer<double>(u), reinterpret_cast<int64_t*>(index), threads);
+    };
+    return is_double ? run(double{}) : run(float{});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native operators of var_fast; call them through var_fast.ops.";
+    m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
+          py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
+          py::arg("threads"));
+}

@@ -1,0 +1,15 @@
+// Declarations of the native operators: plain pointers and sizes, no torch. Contracts: var_fast/ops/<operator>.py.
+#pragma once
+
+#include <cstdint>
+
+namespace var_fast {
+
+// Draws one index per row from guided, filtered logits; cond and uncond are (rows, V), u and index are (rows).
+// uncond == nullptr: no guidance. Needs V > 0, top_k >= 0, top_p in [0, 1], u in [0, 1).
+// Returns -1, or the lowest row whose guided logits are not finite (index is then unspecified).
+template <typename T>
+int64_t sample_tokens(const T* cond, const T* uncond, int64_t rows, int64_t V, double guidance, int64_t top_k,
+                      double top_p, const double* u, int64_t* index, int threads);
+
+}  // namespace var_fast

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operator. Installed as `var_fast.kernels`; they know tensors, never modules."""

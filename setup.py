@@ -1,0 +1,70 @@
+"""Builds csrc/ into var_fast._C; everything else about the package is in pyproject.toml."""
+
+import shutil
+import site
+import sys
+import sysconfig
+from importlib.machinery import PathFinder
+
+from setuptools import find_packages, setup
+
+try:
+    from pybind11.setup_helpers import Pybind11Extension, build_ext
+except ImportError:
+    sys.exit("var_fast: pybind11 is not installed in this environment; run: pip install pybind11 and try again")
+
+
+def environment_paths():
+    """Where the environment that var_fast is installed into keeps its packages.
+
+    pip's build isolation takes them off sys.path, but runs the environment's own interpreter.
+    """
+    bases = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+    paths = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    paths += [sysconfig.get_path(name, vars=bases) for name in ("purelib", "platlib")]
+    return [*sys.path, *paths, site.getusersitepackages()]
+
+
+def check_torch():
+    """Stop before pip has downloaded anything if torch is missing.
+
+    Where pip is not to be seen either, this is a temporary environment that another installer made for the build
+    alone: then nothing is known about torch, and the build itself does not need it.
+    """
+    paths = environment_paths()
+    if PathFinder.find_spec("pip", paths) and not PathFinder.find_spec("torch", paths):
+        sys.exit(
+            "var_fast: torch is not installed in this environment; "
+            "run: pip install torch==2.13.0 (on the CPU; else as pytorch.org says) and try again"
+        )
+
+
+class BuildExtension(build_ext):
+    def build_extensions(self):
+        compile_command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        for program in (compile_command[0], self.compiler.compiler_cxx[0]):
+            if shutil.which(program) is None:
+                sys.exit(
+                    f"var_fast: no C++ compiler found (looked for {program!r}); "
+                    "run: apt-get install g++ (or set CC and CXX) and try again"
+                )
+        super().build_extensions()
+
+
+check_torch()
+setup(
+    packages=[*find_packages(include=["var_fast", "var_fast.*"]), "var_fast.kernels"],
+    package_dir={"var_fast.kernels": "kernels"},
+    ext_modules=[
+        Pybind11Extension(
+            "var_fast._C",
+            sources=["csrc/bindings.cpp", "csrc/cpu/sample_tokens.cpp"],
+            depends=["csrc/ops.h"],
+            cxx_std=17,
+            # no contraction to fused multiply-add: products round as they do in the PyTorch references
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
+            extra_link_args=["-pthread"],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)

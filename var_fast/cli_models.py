@@ -1,0 +1,95 @@
+"""The models and devices that the command line's options name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from var_fast.checkpoint import Checkpoint, load_checkpoint
+from var_fast.errors import UserError
+from var_fast.layout import PUBLISHED_PATCH_NUMS
+from var_fast.models import VAR, VQVAE
+
+PUBLISHED = {"d16": 256, "d20": 256, "d24": 256, "d30": 256, "d36": 512}  # transformer -> image size in pixels
+
+
+def load_both(model: str, vae_ckpt: Path | None, var_ckpt: Path | None) -> Checkpoint:
+    """The models that --model, --vae-ckpt and --var-ckpt name. Raises UserError."""
+    published = _published(model)
+    if published is None:
+        if vae_ckpt is not None or var_ckpt is not None:
+            raise UserError(f"--vae-ckpt and --var-ckpt go with a published model, expected none with --model {model}")
+        loaded = load_checkpoint(_directory(model))
+        if loaded.var is None:
+            raise UserError(f"model {model!r} is a tokenizer only, expected a transformer to sample from")
+        return loaded
+    if vae_ckpt is None or var_ckpt is None:
+        raise UserError(
+            f"model {model!r} needs its files: --vae-ckpt vae_ch160v4096z32.pth --var-ckpt var_{published}.pth"
+        )
+    loaded = load_checkpoint(var_ckpt, vae=vae_ckpt)
+    var = loaded.var if isinstance(loaded, Checkpoint) else loaded
+    if not isinstance(var, VAR):
+        raise UserError(f"--var-ckpt is {str(var_ckpt)!r}, which holds no transformer")
+    found, size = f"d{var.depth}", image_size(var.vae_proxy[0])
+    if (found, size) != (published, PUBLISHED[published]):
+        expected = f"{published} for {PUBLISHED[published]} px"
+        raise UserError(f"--var-ckpt is {str(var_ckpt)!r}, {found} for {size} px, expected {expected}")
+    return Checkpoint(var.vae_proxy[0], var, None, {})
+
+
+def load_tokenizer(model: str, vae_ckpt: Path | None) -> VQVAE:
+    """The tokenizer that --model or --vae-ckpt names; a file alone is one for 256 px. Raises UserError."""
+    if vae_ckpt is None:
+        published = _published(model)
+        if published is not None:
+            raise UserError(f"model {model!r} needs its file: --vae-ckpt vae_ch160v4096z32.pth")
+        return VQVAE.from_pretrained(_directory(model))
+    published = "d16" if model == "demo" else _published(model)
+    if published is None:
+        raise UserError(f"--vae-ckpt goes with a published model, expected none with --model {model}")
+    loaded = load_checkpoint(vae_ckpt, patch_nums=PUBLISHED_PATCH_NUMS[PUBLISHED[published]])
+    return loaded.vae if isinstance(loaded, Checkpoint) else loaded
+
+
+def _published(model: str) -> str | None:
+    """The d16 d16, var_d16 or d16-256; None of anything else."""
+    found = re.fullmatch(r"(?:var_)?(d\d\d)(?:-(256|512))?", model)
+    if found is None or found[1] not in PUBLISHED or found[2] not in (None, str(PUBLISHED[found[1]])):
+        return None
+    return found[1]
+
+
+def _directory(model: str) -> str:
+    if model == "demo" or os.path.isdir(model):
+        return model
+    if os.path.exists(model):
+        raise UserError(f"model {model!r} is a file, expected a directory, or d16 with --vae-ckpt FILE --var-ckpt FILE")
+    names = ["demo", *PUBLISHED]
+    raise UserError(f"model {model!r} is unknown, expected a directory with config.json or one of {', '.join(names)}")
+
+
+def image_size(vae: VQVAE) -> int:
+    """Pixels per side."""
+    return vae.quantize.v_patch_nums[-1] * vae.downsample
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that --device names; auto: a GPU if there is one. Raises UserError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device is {device!r}, expected auto, cpu, cuda, cuda:1 or the like") from None
+
+
+def move(vae: VQVAE, device: torch.device) -> None:
+    """Moves a tokenizer to a device. Raises UserError if this machine has no such device."""
+    try:
+        vae.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device is {str(device)!r}, which cannot be used here: {error}") from None

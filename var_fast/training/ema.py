@@ -1,0 +1,25 @@
+"""Exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Keeps `average`, a model of the same shape, close behind `model`; evaluation and export use the average."""
+
+    def __init__(self, model: nn.Module, average: nn.Module, decay: float) -> None:
+        average.load_state_dict(model.state_dict())
+        self.average = average.eval().requires_grad_(False)
+        self.decay = decay
+        self._pairs = list(zip(average.parameters(), model.parameters(), strict=True))
+        self._buffers = list(zip(average.buffers(), model.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the model; the decay starts low, so that the random start is forgotten soon."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([a for a, _ in self._pairs], [p.detach() for _, p in self._pairs], 1.0 - decay)
+        for a, b in self._buffers:
+            a.copy_(b)

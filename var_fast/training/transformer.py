@@ -1,0 +1,269 @@
+"""Training the transformer (VAR): teacher forcing on the tokens of a frozen tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+from var_fast.errors import UserError
+from var_fast.models import VAR, VQVAE
+from var_fast.training.augment import shift_zoom
+from var_fast.training.ema import Ema
+from var_fast.training.emoji import EmojiSet, load_emoji, to_float
+from var_fast.training.files import load_state, save_state
+from var_fast.training.loop import Cadence, Outcome, batch_indices, run_loop, step_seed
+from var_fast.training.metrics import split_scales, tokenise, transformer_metrics, unigram_baseline
+from var_fast.training.schedule import Limits, lr_factor
+from var_fast.training.tokenizer import load_trained_tokenizer, weight_groups
+
+# Tables that are looked up or added, and the gains of AdaLN: not matrices in the sense of weight decay.
+_BARE = ("class_emb", "pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """What a transformer run is made of; the defaults are the demo's. A resumed run must have the same."""
+
+    depth: int = 8
+    embed_dim: int = 256
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    attn_l2_norm: bool = True
+    shared_aln: bool = False
+    cond_drop_rate: float = 0.1
+    drop_rate: float = 0.1
+    drop_path_rate: float = 0.0
+    batch: int = 64
+    lr: float = 6e-4
+    final_lr: float = 0.02  # of lr
+    warmup_steps: int = 200
+    schedule: str = "cosine"
+    hold: float = 0.5  # of the run at the peak, for the "linear" schedule
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    label_smoothing: float = 0.0
+    ema: float = 0.998
+    views: int = 6  # plain, mirrored, then shifted and scaled ones, mirrored and not in turn
+    flip: bool = True
+    skin_variants: int = 2
+    min_per_class: int = 8
+    tokenizer: str = ""  # the tokenizer's checkpoint
+    seed: int = 0
+
+
+def build_transformer(settings: TransformerSettings, vae: VQVAE, num_classes: int) -> VAR:
+    """The VAR that `settings` describe, on `vae`."""
+    return VAR(
+        vae_local=vae,
+        num_classes=num_classes,
+        depth=settings.depth,
+        embed_dim=settings.embed_dim,
+        num_heads=settings.num_heads,
+        mlp_ratio=settings.mlp_ratio,
+        drop_rate=settings.drop_rate,
+        drop_path_rate=settings.drop_path_rate,
+        shared_aln=settings.shared_aln,
+        cond_drop_rate=settings.cond_drop_rate,
+        attn_l2_norm=settings.attn_l2_norm,
+        patch_nums=tuple(vae.quantize.v_patch_nums),
+    )
+
+
+def view_batches(
+    images_u8: torch.Tensor, source_u8: torch.Tensor, view: int, flip: bool, seed: int, batch: int = 64
+) -> Iterator[torch.Tensor]:
+    """All pictures, in [-1, 1], in one of their views.
+
+    View 0 is the picture itself. Odd views are mirrored if `flip`. Views other than 0 (and, with `flip`, other than
+    1) are shifted and scaled a little, differently for each view and batch. source_u8: the same pictures, larger.
+    """
+    plain = view < (2 if flip else 1)
+    for number, (img_u8, src_u8) in enumerate(zip(images_u8.split(batch), source_u8.split(batch), strict=True)):
+        if plain:
+            img = to_float(img_u8)
+        else:
+            draw = torch.Generator().manual_seed(step_seed(seed, 1_000_000 * view + number))
+            img = shift_zoom(to_float(src_u8), img_u8.shape[-1], draw, zoom=(0.92, 1.08), shift=1)
+        yield img.flip(-1) if flip and view % 2 else img
+
+
+class TransformerJob:
+    """One transformer in training; run_loop drives it. All tokens are made once, here, and kept in memory."""
+
+    kind = "transformer"
+
+    def __init__(
+        self,
+        settings: TransformerSettings,
+        vae: VQVAE,
+        data: EmojiSet,
+        source_u8: torch.Tensor,
+        device: str = "cpu",
+        best_path: Path | None = None,
+    ) -> None:
+        """vae: frozen, on `device`. best_path: where the weights with the lowest held-out loss are kept."""
+        self.settings = settings
+        self.images_per_step = settings.batch
+        self.vae, self.classes, self.device, self.best_path = vae, data.classes, device, best_path
+        self.patch_nums = tuple(vae.quantize.v_patch_nums)
+        train = ~data.held_out
+        images, source = data.images_u8[train], source_u8[train]
+        self.tokens_NL = torch.cat(
+            [
+                tokenise(vae, view_batches(images, source, view, settings.flip, settings.seed))
+                for view in range(settings.views)
+            ]
+        )
+        self.labels_N = data.labels[train].repeat(settings.views)
+        self.held_tokens_ML = tokenise(vae, (to_float(chunk) for chunk in data.images_u8[data.held_out].split(64)))
+        self.held_labels_M = data.labels[data.held_out]
+        self.unigram = unigram_baseline(self.tokens_NL, self.held_tokens_ML, self.patch_nums, vae.vocab_size)
+        torch.manual_seed(step_seed(settings.seed, -1))
+        self.var = build_transformer(settings, vae, len(data.classes)).to(device)
+        self.var.init_weights()
+        average = build_transformer(settings, vae, len(data.classes)).to(device)
+        self.ema = Ema(self.var, average, settings.ema)
+        self.optimizer = torch.optim.AdamW(
+            weight_groups(self.var, settings.weight_decay, bare=_BARE), lr=settings.lr, betas=(0.9, 0.95)
+        )
+        self.best_loss = float("inf")
+        self.var.train()
+
+    def step(self, step: int, progress: float) -> dict[str, torch.Tensor]:
+        s = self.settings
+        rows = batch_indices(len(self.tokens_NL), s.batch, step, s.seed)
+        tokens_BL = self.tokens_NL[rows].long().to(self.device)
+        with torch.no_grad():
+            x_BLC = self.vae.quantize.idxBl_to_var_input(split_scales(tokens_BL, self.patch_nums))
+        lr = s.lr * lr_factor(
+            step, progress, warmup_steps=s.warmup_steps, shape=s.schedule, final=s.final_lr, hold=s.hold
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        logits_BLV = self.var(self.labels_N[rows].to(self.device), x_BLC)
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), tokens_BL.flatten(), label_smoothing=s.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.var.parameters(), s.clip)
+        self.optimizer.step()
+        self.ema.update(step)
+        right = (logits_BLV.detach().argmax(-1) == tokens_BL).float().mean()
+        return {
+            "loss": loss.detach(),
+            "accuracy_percent": 100.0 * right,
+            "grad_norm": norm.detach(),
+            "lr": torch.tensor(lr),
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out loss (nats) and accuracy (percent) of the averaged weights and of the unigram baseline."""
+        ours = transformer_metrics(self.ema.average, self.vae, self.held_tokens_ML, self.held_labels_M)
+        loss, accuracy = (self._mean(ours[k]) for k in ("loss", "accuracy_percent"))
+        if loss < self.best_loss:
+            self.best_loss = loss
+            if self.best_path is not None:
+                save_state(self.best_path, {"kind": "best transformer", "weights": self.ema.average.state_dict()})
+        return {
+            "held_out_loss": loss,
+            "held_out_unigram_loss": self._mean(self.unigram["loss"]),
+            "held_out_accuracy_percent": accuracy,
+            "held_out_unigram_accuracy_percent": self._mean(self.unigram["accuracy_percent"]),
+            "best_held_out_loss": self.best_loss,
+            "per_scale": ours,
+            "unigram_per_scale": self.unigram,
+        }
+
+    def _mean(self, per_scale: list[float]) -> float:
+        """Over tokens, so that a scale counts by its area."""
+        areas = [pn * pn for pn in self.patch_nums]
+        return sum(a * v for a, v in zip(areas, per_scale, strict=True)) / sum(areas)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.var.state_dict(),
+            "ema": self.ema.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "classes": self.classes,
+            "best_loss": self.best_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["classes"] != self.classes:
+            raise UserError("data: its classes are not those the checkpoint was trained with; use the same data folder")
+        self.var.load_state_dict(state["model"])
+        self.ema.average.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best_loss = state["best_loss"]
+
+
+def load_pictures(data: str | Path, settings: TransformerSettings, size: int) -> tuple[EmojiSet, torch.Tensor]:
+    """The emoji at `size` pixels, with classes, and the same pictures up to twice as large."""
+    keep = {"skin_variants": settings.skin_variants, "min_per_class": settings.min_per_class}
+    pictures = load_emoji(data, size, **keep)
+    larger = min(64, 2 * size)
+    return pictures, pictures.images_u8 if larger <= size else load_emoji(data, larger, **keep).images_u8
+
+
+def train_transformer(
+    data: str | Path,
+    out: str | Path,
+    limits: Limits,
+    settings: TransformerSettings,
+    *,
+    device: str = "cpu",
+    cadence: Cadence | None = None,
+    restart: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Train a transformer on the emoji in folder `data`, with the tokenizer of checkpoint `settings.tokenizer`.
+
+    Leaves out/checkpoint.pt, out/best.pt (averaged weights at the lowest held-out loss) and out/log.jsonl.
+    Raises UserError on bad settings, missing data, or a loss that is no number any more.
+    """
+    if settings.embed_dim % settings.num_heads:
+        raise UserError(f"embed_dim: got {settings.embed_dim}, expected a multiple of num_heads = {settings.num_heads}")
+    if settings.views < 1:
+        raise UserError(f"views: got {settings.views}, expected 1 or more")
+    lr_factor(0, 0.0, warmup_steps=1, shape=settings.schedule)  # an unknown schedule fails before the long part
+    console = console or Console()
+    vae, tokenizer_settings = load_trained_tokenizer(settings.tokenizer, device)
+    pictures, source_u8 = load_pictures(data, settings, tokenizer_settings.size)
+    if pictures.dropped:
+        listed = ", ".join(f"{name} ({n})" for name, n in pictures.dropped.items())
+        console.print(
+            f"left out, fewer than {settings.min_per_class} pictures: {listed}", soft_wrap=True, highlight=False
+        )
+    console.print(
+        f"tokenising {settings.views} views of {len(pictures.images_u8)} pictures ...", soft_wrap=True, highlight=False
+    )
+    job = TransformerJob(settings, vae, pictures, source_u8, device, Path(out) / "best.pt")
+    console.print(
+        f"{len(pictures.classes)} classes, {len(job.tokens_NL)} token sequences, {len(job.held_tokens_ML)} held out; "
+        f"{sum(p.numel() for p in job.var.parameters()) / 1e6:.2f} M parameters",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return run_loop(job, out, limits, cadence=cadence, restart=restart, console=console)
+
+
+def load_trained_transformer(
+    path: str | Path, vae: VQVAE, *, best: str | Path | None = None
+) -> tuple[VAR, list[str], TransformerSettings]:
+    """The averaged transformer of a training checkpoint, frozen, in eval mode; its class names and settings.
+
+    best: take the weights from this file (out/best.pt) instead of the last ones.
+    """
+    state = load_state(path, "transformer")
+    settings = TransformerSettings(**state["settings"])
+    classes = state["job"]["classes"]
+    var = build_transformer(settings, vae, len(classes))
+    weights = load_state(best, "best transformer")["weights"] if best else state["job"]["ema"]
+    var.load_state_dict(weights)
+    return var.eval().requires_grad_(False), classes, settings
