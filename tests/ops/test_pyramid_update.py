@@ -38,7 +38,7 @@ def test_without_phi_the_code_itself_is_added():
     codebook = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     next_map = pyramid_update(torch.tensor([[1]]), codebook, None, None, 0.5, f_hat, 1, 2)
     assert torch.equal(f_hat, torch.tensor([4.0, 5.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2))
-    assert torch.equal(next_map, f_hat)
+    assert torch.equal(next_map, f_hat) and next_map.data_ptr() != f_hat.data_ptr()
 
 
 def test_wrong_token_count_is_named():

@@ -11,7 +11,7 @@ from torch import nn
 
 from var_fast.models.phi import build_phi
 from var_fast.ops import multiscale_quantize
-from var_fast.ops.multiscale_quantize import area_down, bicubic_up, scale_position
+from var_fast.ops.multiscale_quantize import bicubic_up, scale_position
 
 
 def _world_size() -> int:
@@ -180,4 +180,4 @@ class VectorQuantizer2(nn.Module):
         f_hat.add_(self.quant_resi[scale_position(si, SN)](bicubic_up(h_BChw, (side, side))))
         if si == SN - 1:
             return f_hat, f_hat
-        return f_hat, area_down(f_hat, (self.v_patch_nums[si + 1],) * 2)
+        return f_hat, F.interpolate(f_hat, size=(self.v_patch_nums[si + 1],) * 2, mode="area")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from var_fast.ops.backend import choose_backend
-from var_fast.ops.multiscale_quantize import area_down, bicubic_up
+from var_fast.ops.multiscale_quantize import bicubic_up
 
 
 def pyramid_update_reference(idx_Bl, codebook_VC, phi_weight, phi_bias, phi_ratio, f_hat_BChw, pn, pn_next):
@@ -19,7 +19,7 @@ def pyramid_update_reference(idx_Bl, codebook_VC, phi_weight, phi_bias, phi_rati
         conv_BChw = F.conv2d(h_BChw, phi_weight, phi_bias, padding=phi_weight.shape[-1] // 2)
         h_BChw = h_BChw * (1 - phi_ratio) + conv_BChw * phi_ratio
     f_hat_BChw.add_(h_BChw)
-    return area_down(f_hat_BChw, (pn_next, pn_next))
+    return F.interpolate(f_hat_BChw, size=(pn_next, pn_next), mode="area")
 
 
 def pyramid_update(
