@@ -53,7 +53,7 @@ def extract(tarball: Path, out: Path) -> int:
     """Write the wanted members below `out`; returns how many pictures there were."""
     pictures = 0
     try:
-        with tarfile.open(tarball, "r:*") as archive:
+        with tarfile.open(tarball, "r:gz") as archive:
             for member in archive:
                 target = wanted(member.name) if member.isfile() else None
                 if target is None:

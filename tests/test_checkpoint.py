@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import var_fast.checkpoint
 from var_fast import VAR, VQVAE
-from var_fast.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from var_fast.checkpoint_files import check_config
+from var_fast.checkpoint import Checkpoint, CheckpointError, build_models, load_checkpoint, save_checkpoint
+from var_fast.checkpoint_files import check_config, read_contents
 from var_fast.errors import UserError
 from var_fast.layout import PUBLISHED_PATCH_NUMS, RULES, least_elements, tokenizer_keywords, transformer_keywords
 
@@ -430,15 +430,26 @@ def test_absurd_shapes_are_refused(tmp_path, vae, var):
     deep = {**state(var), "blocks.9999.attn.q_bias": torch.zeros(16)}
     with pytest.raises(CheckpointError, match="absurd.pth: transformer: depth is 10000, expected a whole"):
         load_checkpoint(save(deep, tmp_path / "absurd.pth"), vae=vae)
-    # 256 blocks of width 16384 would be some 10^12 elements; nothing of it is allocated
-    large = changed(state(var), pos_start=torch.zeros(1, 1, 2**14), blocks_0_ffn_fc1_weight=torch.zeros(16, 0))
-    large["blocks.255.attn.q_bias"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"absurd.pth: pos_1LC has shape .*, expected \(1, 14, 16384\)"):
-        load_checkpoint(save(large, tmp_path / "absurd.pth"), vae=vae, mlp_ratio=4.0)
     long = changed(state(var), pos_1LC=torch.zeros(1).expand(1, 10**9, 16))
     long["lvl_1L"] = torch.zeros(1, dtype=torch.int64).expand(1, 10**9)
     with pytest.raises(CheckpointError, match="absurd.pth: lvl_1L has 1000000000 elements"):
         load_checkpoint(save(long, tmp_path / "absurd.pth"), vae=vae)
+
+
+def test_a_model_much_larger_than_its_file_takes_no_memory(tmp_path, vae, var):
+    built_on = []
+
+    class Watched(VAR):
+        def __init__(self, *args, **keywords):
+            built_on.append(torch.empty(0).device.type)
+            super().__init__(*args, **keywords)
+
+    large = changed(state(var), pos_start=torch.zeros(1, 1, 2**10), blocks_0_ffn_fc1_weight=torch.zeros(2**12, 0))
+    large["blocks.255.attn.q_bias"] = torch.zeros(1)
+    contents = read_contents(save(large, tmp_path / "large.pth"))
+    with pytest.raises(CheckpointError, match=r"large.pth: pos_1LC has shape \(1, 14, 16\), expected \(1, 14, 1024\)"):
+        build_models(contents, vae=vae, keywords={}, var_class=Watched)
+    assert built_on == ["meta"]
 
 
 def test_a_gap_in_the_blocks_is_found(tmp_path, vae, var):
@@ -496,6 +507,7 @@ def test_arguments_that_do_not_go_together(tmp_path, folder, vae, var):
         ("patch_nums is 3, expected growing", vae_path, dict(patch_nums=3)),
         ("model is a Linear", vae_path, dict(model=torch.nn.Linear(1, 1))),
         ("is a tokenizer, expected a transformer", vae_path, dict(model=var)),
+        ("var.pth: holds no tokenizer", var_path, dict(vae=var_path)),
         ("meta device", vae_path, dict(model=outline(tiny_vae))),
         ("blocks.2.attn.scale_mul_1H11 is missing", folder, dict(depth=3)),
         ("num_heads", var_path, dict(vae=vae, num_heads=3)),

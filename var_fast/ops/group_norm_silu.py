@@ -9,7 +9,7 @@ from var_fast.ops.backend import choose_backend
 
 
 def group_norm_silu_reference(x_BChw, weight_C, bias_C, groups=32, eps=1e-6):
-    return F.silu(F.group_norm(x_BChw, groups, weight_C, bias_C, eps))
+    return F.silu(F.group_norm(x_BChw, groups, weight_C, bias_C, eps), inplace=True)
 
 
 def group_norm_silu(

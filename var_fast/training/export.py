@@ -8,29 +8,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
-from torch import nn
 
+from var_fast.checkpoint import load_checkpoint, save_checkpoint
 from var_fast.errors import UserError
 from var_fast.training.emoji import load_emoji, to_float
-from var_fast.training.files import write_atomic, write_json
+from var_fast.training.files import write_json
 from var_fast.training.metrics import tokenise, tokenizer_metrics, transformer_metrics, unigram_baseline
 from var_fast.training.tokenizer import load_trained_tokenizer
 from var_fast.training.transformer import load_pictures, load_trained_transformer, view_batches
-
-
-def save_bfloat16(model: nn.Module, path: Path) -> None:
-    """The model's whole state dict as safetensors, floating-point entries in bfloat16."""
-    state = {
-        name: (t.to(torch.bfloat16) if t.is_floating_point() else t).contiguous()
-        for name, t in model.state_dict().items()
-    }
-    write_atomic(path, lambda part: save_file(state, part))
-
-
-def load_bfloat16(model: nn.Module, path: Path) -> None:
-    """Load what save_bfloat16 wrote into the model, in the model's own types."""
-    model.load_state_dict(load_file(path))
 
 
 def export_checkpoint(
@@ -56,22 +41,8 @@ def export_checkpoint(
     pictures, source_u8 = load_pictures(data, settings, tokenizer_settings.size)
     if pictures.classes != classes:
         raise UserError(f"data: {data} has other classes than the transformer was trained with")
-    config = {
-        "format": "var_fast",
-        "version": 1,
-        "tokenizer": vae.config,
-        "transformer": var.config,
-        "classes": classes,
-        "image_size": tokenizer_settings.size,
-    }
-    try:
-        save_bfloat16(vae, out / "tokenizer.safetensors")
-        save_bfloat16(var, out / "transformer.safetensors")
-        write_json(out / "config.json", config)
-    except OSError as error:
-        raise UserError(f"out: cannot write in {out}: {error.strerror or error}") from None
-    load_bfloat16(vae, out / "tokenizer.safetensors")
-    load_bfloat16(var, out / "transformer.safetensors")
+    save_checkpoint(out, vae, var, classes=classes, dtype=torch.bfloat16)
+    vae, var, _, _ = load_checkpoint(out)
 
     patch_nums = tuple(vae.quantize.v_patch_nums)
     everything = load_emoji(
@@ -81,7 +52,7 @@ def export_checkpoint(
     train_NL = torch.cat(
         [
             tokenise(vae, view_batches(pictures.images_u8[train], source_u8[train], view, settings.flip, settings.seed))
-            for view in range(settings.views)
+            for view in range(min(settings.views, 2 if settings.flip else 1))
         ]
     )
     held_u8, held_labels_M = pictures.images_u8[pictures.held_out], pictures.labels[pictures.held_out]

@@ -127,7 +127,7 @@ class TransformerJob:
         self.unigram = unigram_baseline(self.tokens_NL, self.held_tokens_ML, self.patch_nums, vae.vocab_size)
         torch.manual_seed(step_seed(settings.seed, -1))
         self.var = build_transformer(settings, vae, len(data.classes)).to(device)
-        self.var.init_weights()
+        self.var.init_weights(init_std=-1, init_adaln_gamma=1e-3)  # as the published recipes for small depths
         average = build_transformer(settings, vae, len(data.classes)).to(device)
         self.ema = Ema(self.var, average, settings.ema)
         self.optimizer = torch.optim.AdamW(
