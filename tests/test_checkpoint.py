@@ -162,6 +162,11 @@ def test_shared_adaln_and_plain_attention_need_the_number_of_heads(tmp_path, vae
     assert_same(state(loaded), state(model))
 
 
+def test_plain_attention_in_the_published_proportion_shows_its_heads(tmp_path, vae):
+    model = tiny_var(vae, attn_l2_norm=False, depth=1, embed_dim=64, num_heads=1)
+    assert load_checkpoint(save(model.state_dict(), tmp_path / "var.pth"), vae=vae).config == model.config
+
+
 def test_a_file_of_the_published_trainer_holds_both(tmp_path, vae, var):
     trainer = {"vae_local": vae.state_dict(), "var_wo_ddp": var.state_dict(), "var_opt": {"state": {}}}
     path = save({"epoch": 3, "trainer": trainer, "args": {"depth": 2}}, tmp_path / "ar-ckpt-last.pth")

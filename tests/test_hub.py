@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import shutil
 
 import huggingface_hub
 import pytest
@@ -146,21 +147,22 @@ def test_what_a_folder_lacks(published, tmp_path):
 
 # ---- the hub
 class FakeHub:
-    """Stands in for hf_hub_download: files of one folder."""
+    """Stands in for hf_hub_download: copies files of one folder to a cache."""
 
-    def __init__(self, folder):
-        self.folder, self.asked = folder, []
+    def __init__(self, folder, cache):
+        self.folder, self.cache, self.asked = folder, cache, []
+        cache.mkdir()
 
     def __call__(self, repo_id, filename, **options):
         self.asked.append((repo_id, filename))
         self.options = options
         if not (self.folder / filename).exists():
             raise EntryNotFoundError(f"404: {filename}")
-        return str(self.folder / filename)
+        return shutil.copy(self.folder / filename, self.cache / filename)
 
 
-def test_published_files_are_asked_for_by_name(published, var, monkeypatch):
-    hub = FakeHub(published)
+def test_published_files_are_asked_for_by_name(published, tmp_path, var, monkeypatch):
+    hub = FakeHub(published, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
     loaded = VAR.from_pretrained("FoundationVision/var", depth=16, revision="main", token=False)
     assert_same(loaded, var)
@@ -174,10 +176,10 @@ def test_published_files_are_asked_for_by_name(published, var, monkeypatch):
 
 
 def test_a_repository_with_our_files(tmp_path, var, monkeypatch):
-    var.save_pretrained(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", FakeHub(tmp_path))
+    var.save_pretrained(tmp_path / "ours")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", FakeHub(tmp_path / "ours", tmp_path / "cache"))
     assert_same(VAR.from_pretrained("someone/emoji"), var)
-    hub = FakeHub(tmp_path)
+    hub = FakeHub(tmp_path / "ours", tmp_path / "cache for the tokenizer alone")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
     assert_same(VQVAE.from_pretrained("someone/emoji"), var.vae_proxy[0])
     assert ("someone/emoji", "transformer.safetensors") not in hub.asked
@@ -235,6 +237,7 @@ def test_the_mixin_leaves_the_constructors_alone(var):
     assert list(inspect.signature(VQVAE).parameters)[:3] == ["vocab_size", "z_channels", "ch"]
     model = VAR(var.vae_proxy[0], 5, 1, 16, 2, patch_nums=PATCH_NUMS)
     assert (model.num_classes, model.depth) == (5, 1)
+    assert not [name for name in vars(model) if name.startswith("_hub")], "nothing is recorded while constructing"
     with pytest.raises(TypeError):
         VAR(var.vae_proxy[0], patch_nums=PATCH_NUMS, config={})
     with pytest.raises(TypeError):

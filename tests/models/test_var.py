@@ -92,7 +92,9 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 @pytest.mark.parametrize("shared_aln", [False, True])
 def test_published_initialisation(shared_aln):
     torch.manual_seed(0)
-    _, var = build_vae_var("cpu", patch_nums=(1, 2), V=64, Cvae=8, ch=32, num_classes=10, depth=3, shared_aln=shared_aln)
+    _, var = build_vae_var(
+        "cpu", patch_nums=(1, 2), V=64, Cvae=8, ch=32, num_classes=10, depth=3, shared_aln=shared_aln
+    )
     C, std = 192, math.sqrt(1 / 192 / 3)
     block = var.blocks[1]
 

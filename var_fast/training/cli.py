@@ -15,8 +15,15 @@ from rich.console import Console
 from var_fast.errors import UserError
 from var_fast.training.loop import Cadence
 from var_fast.training.schedule import Limits
+from var_fast.training.tokenizer import TokenizerSettings, train_tokenizer
+from var_fast.training.transformer import TransformerSettings, train_transformer
 
-app = typer.Typer(no_args_is_help=True, help="Train the tokenizer and the transformer on emoji, and export them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train the tokenizer and the transformer on emoji, and export them.",
+)
+TOKENIZER, TRANSFORMER = TokenizerSettings(), TransformerSettings()
 
 Data = Annotated[Path, typer.Option(help="Folder written by scripts/fetch_emoji.py.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoint and log; an unfinished run there is continued.")]
@@ -64,22 +71,28 @@ def tokenizer(
     out: Out = Path("runs/tokenizer"),
     minutes: Minutes = None,
     steps: Steps = None,
-    size: Annotated[int, typer.Option(help="Pixels per side.")] = 32,
-    ch: Annotated[int, typer.Option(help="Channels at full resolution.")] = 32,
-    ch_mult: Annotated[str, typer.Option(help="Channel factors, one per resolution.")] = "1,2,4",
-    patch_nums: Annotated[str, typer.Option(help="Side of each scale's token map.")] = "1,2,3,4,5,6,8",
-    vocab_size: int = 1024,
-    z_channels: int = 16,
-    batch: Batch = 64,
-    lr: float = 1e-3,
-    l1: Annotated[float, typer.Option(help="Weight of the mean absolute error.")] = 1.0,
-    l2: Annotated[float, typer.Option(help="Weight of the mean squared error.")] = 1.0,
-    vq: Annotated[float, typer.Option(help="Weight of the codebook and commitment loss.")] = 1.0,
-    revive_every: Annotated[int, typer.Option(help="Steps between revivals of dead codes; 0: never.")] = 100,
-    zoom: Annotated[float, typer.Option(help="Probability that a batch is shifted and scaled.")] = 0.3,
-    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.998,
-    channels_last: bool = True,
-    seed: Seed = 0,
+    size: Annotated[int, typer.Option(help="Pixels per side.")] = TOKENIZER.size,
+    ch: Annotated[int, typer.Option(help="Channels at full resolution.")] = TOKENIZER.ch,
+    ch_mult: Annotated[str, typer.Option(help="Channel factors, one per resolution.")] = ",".join(
+        map(str, TOKENIZER.ch_mult)
+    ),
+    patch_nums: Annotated[str, typer.Option(help="Side of each scale's token map.")] = ",".join(
+        map(str, TOKENIZER.patch_nums)
+    ),
+    vocab_size: int = TOKENIZER.vocab_size,
+    z_channels: int = TOKENIZER.z_channels,
+    batch: Batch = TOKENIZER.batch,
+    lr: float = TOKENIZER.lr,
+    l1: Annotated[float, typer.Option(help="Weight of the mean absolute error.")] = TOKENIZER.l1,
+    l2: Annotated[float, typer.Option(help="Weight of the mean squared error.")] = TOKENIZER.l2,
+    vq: Annotated[float, typer.Option(help="Weight of the codebook and commitment loss.")] = TOKENIZER.vq,
+    revive_every: Annotated[
+        int, typer.Option(help="Steps between revivals of dead codes; 0: never.")
+    ] = TOKENIZER.revive_every,
+    zoom: Annotated[float, typer.Option(help="Probability that a batch is shifted and scaled.")] = TOKENIZER.zoom,
+    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = TOKENIZER.ema,
+    channels_last: bool = TOKENIZER.channels_last,
+    seed: Seed = TOKENIZER.seed,
     threads: Threads = None,
     device: Device = "cpu",
     save_every: SaveS = 300.0,
@@ -87,8 +100,6 @@ def tokenizer(
     restart: Restart = False,
 ) -> None:
     """Train the tokenizer. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
-    from var_fast.training.tokenizer import TokenizerSettings, train_tokenizer
-
     with _one_line_errors():
         _prepare(threads, device)
         settings = TokenizerSettings(
@@ -121,22 +132,30 @@ def transformer(
     out: Out = Path("runs/transformer"),
     minutes: Minutes = None,
     steps: Steps = None,
-    depth: int = 8,
-    embed_dim: int = 256,
-    num_heads: int = 4,
-    drop_rate: Annotated[float, typer.Option(help="Dropout in attention output and FFN.")] = 0.1,
-    drop_path: Annotated[float, typer.Option(help="Largest rate of stochastic depth.")] = 0.0,
-    cond_drop: Annotated[float, typer.Option(help="How often the label is hidden, for guidance.")] = 0.1,
-    batch: Batch = 64,
-    lr: float = 6e-4,
-    schedule: Annotated[str, typer.Option(help="cosine, or linear (constant, then straight down).")] = "cosine",
-    label_smoothing: float = 0.0,
-    views: Annotated[int, typer.Option(help="Views of each picture: plain, mirrored, shifted and scaled ones.")] = 6,
-    flip: Annotated[bool, typer.Option(help="Mirror every second view.")] = True,
-    skin_variants: Annotated[int, typer.Option(help="Skin tones kept of one emoji, besides the yellow one.")] = 2,
-    min_per_class: Annotated[int, typer.Option(help="Smaller subcategories are left out.")] = 8,
-    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.998,
-    seed: Seed = 0,
+    depth: int = TRANSFORMER.depth,
+    embed_dim: int = TRANSFORMER.embed_dim,
+    num_heads: int = TRANSFORMER.num_heads,
+    drop_rate: Annotated[float, typer.Option(help="Dropout in attention output and FFN.")] = TRANSFORMER.drop_rate,
+    drop_path: Annotated[float, typer.Option(help="Largest rate of stochastic depth.")] = TRANSFORMER.drop_path_rate,
+    cond_drop: Annotated[
+        float, typer.Option(help="How often the label is hidden, for guidance.")
+    ] = TRANSFORMER.cond_drop_rate,
+    batch: Batch = TRANSFORMER.batch,
+    lr: float = TRANSFORMER.lr,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, or linear (constant, then straight down).")
+    ] = TRANSFORMER.schedule,
+    label_smoothing: float = TRANSFORMER.label_smoothing,
+    views: Annotated[
+        int, typer.Option(help="Views of each picture: plain, mirrored, shifted and scaled ones.")
+    ] = TRANSFORMER.views,
+    flip: Annotated[bool, typer.Option(help="Mirror every second view.")] = TRANSFORMER.flip,
+    skin_variants: Annotated[
+        int, typer.Option(help="Skin tones kept of one emoji, besides the yellow one.")
+    ] = TRANSFORMER.skin_variants,
+    min_per_class: Annotated[int, typer.Option(help="Smaller subcategories are left out.")] = TRANSFORMER.min_per_class,
+    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = TRANSFORMER.ema,
+    seed: Seed = TRANSFORMER.seed,
     threads: Threads = None,
     device: Device = "cpu",
     save_every: SaveS = 300.0,
@@ -144,8 +163,6 @@ def transformer(
     restart: Restart = False,
 ) -> None:
     """Train the transformer on a trained tokenizer. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
-    from var_fast.training.transformer import TransformerSettings, train_transformer
-
     with _one_line_errors():
         _prepare(threads, device)
         settings = TransformerSettings(

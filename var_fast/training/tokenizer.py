@@ -27,13 +27,13 @@ class TokenizerSettings:
     """What a tokenizer run is made of; the defaults are the demo's. A resumed run must have the same."""
 
     size: int = 32
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     z_channels: int = 16
     ch: int = 32
-    ch_mult: tuple[int, ...] = (1, 2, 4)
+    ch_mult: tuple[int, ...] = (1, 2, 2)
     patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     beta: float = 0.25
-    batch: int = 64
+    batch: int = 32
     lr: float = 1e-3
     final_lr: float = 0.02  # of lr
     warmup_steps: int = 100
@@ -42,12 +42,12 @@ class TokenizerSettings:
     l1: float = 1.0
     l2: float = 1.0
     vq: float = 1.0
-    ema: float = 0.998
+    ema: float = 0.995
     revive_every: int = 100  # steps; 0: never
     revive_below: float = 0.02  # a code used in a smaller part of the window's steps is dead
     revive_until: float = 0.8  # of the run: the last part only anneals
     flip: bool = True
-    zoom: float = 0.3  # probability that a batch is scaled and shifted
+    zoom: float = 0.0  # probability that a batch is scaled and shifted
     channels_last: bool = True
     skin_variants: int = 2
     seed: int = 0

@@ -31,17 +31,17 @@ _BARE = ("class_emb", "pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul
 class TransformerSettings:
     """What a transformer run is made of; the defaults are the demo's. A resumed run must have the same."""
 
-    depth: int = 8
+    depth: int = 6
     embed_dim: int = 256
     num_heads: int = 4
     mlp_ratio: float = 4.0
     attn_l2_norm: bool = True
     shared_aln: bool = False
     cond_drop_rate: float = 0.1
-    drop_rate: float = 0.1
+    drop_rate: float = 0.0
     drop_path_rate: float = 0.0
-    batch: int = 64
-    lr: float = 6e-4
+    batch: int = 32
+    lr: float = 1e-3
     final_lr: float = 0.02  # of lr
     warmup_steps: int = 200
     schedule: str = "cosine"
@@ -50,7 +50,7 @@ class TransformerSettings:
     clip: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.998
-    views: int = 6  # plain, mirrored, then shifted and scaled ones, mirrored and not in turn
+    views: int = 2  # plain, mirrored, then shifted and scaled ones, mirrored and not in turn
     flip: bool = True
     skin_variants: int = 2
     min_per_class: int = 8
