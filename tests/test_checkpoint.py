@@ -390,6 +390,7 @@ WRONG_FILES = {
 PTH_ONLY = {"hostile", "script", "list", "no entries", "no values", "sparse", "number", "other names"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "kind, suffix",
     [(k, ".pth") for k in WRONG_FILES]
@@ -529,7 +530,7 @@ def test_a_model_that_would_compute_otherwise(folder, vae):
     assert_same(state(model), before)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([".pth", ".safetensors"]),
     st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=4),
@@ -663,7 +664,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(
     st.dictionaries(st.sampled_from(sorted(RULES["tokenizer"])) | st.text(max_size=4), JSON, max_size=3),
     st.dictionaries(st.sampled_from(sorted(RULES["transformer"])) | st.text(max_size=4), JSON, max_size=3) | JSON,
