@@ -53,7 +53,10 @@ def test_smooth_images_differ_but_repeat(sampler):
 def test_bfloat16_runs_and_stays_near():
     case = load_case("adaln_l2norm")
     out = Sampler(case.var, dtype="bfloat16").sample([1, 2], [0, 1], cfg=0, top_k=1)
-    assert out.dtype == torch.float32 and torch.isfinite(out).all()
+    exact = Sampler(case.var, dtype="float32").sample([1, 2], [0, 1], cfg=0, top_k=1)
+    assert out.dtype == torch.float32
+    # 0.013 where no token flips; a wrong cast shows as 0.3 and more
+    assert (out - exact).norm() / exact.norm() < 0.05
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from var_fast import VQVAE, VectorQuantizer2
+from var_fast.models.phi import nearest_layer
 
 PATCH_NUMS = (1, 2, 4)
 
@@ -26,15 +27,31 @@ def quantizer(**options):
         (0, ["quant_resi.0", "quant_resi.1", "quant_resi.2"], [0, 1, 2]),
         (1, ["quant_resi.qresi"], [0, 0, 0]),
         (2, ["quant_resi.qresi_ls.0", "quant_resi.qresi_ls.1"], [0, 0, 1]),
-        (4, [f"quant_resi.qresi_ls.{i}" for i in range(4)], [0, 1, 3]),
+        (4, [f"quant_resi.qresi_ls.{i}" for i in range(4)], [0, 2, 3]),
     ],
 )
 def test_phi_layers(share, names, layer_of_scale):
-    # Scale 1 of 3 lies half way: of 2 or 4 layers the earlier of the two nearest is taken.
     q = quantizer(share_quant_resi=share)
     assert [n for n, m in q.named_modules() if isinstance(m, torch.nn.Conv2d)] == names
     layers = [dict(q.named_modules())[n] for n in names]
     assert [layers.index(q.quant_resi[si / 2]) for si in range(3)] == layer_of_scale
+
+
+@pytest.mark.parametrize(
+    "num_scales,of_two,of_three,of_four",
+    [
+        (3, "001", "012", "023"),
+        (7, "0000111", "0001122", "0012233"),
+        (10, "0000011111", "0000111222", "0011122333"),
+        (14, "00000001111111", "00000111122222", "00011112222333"),
+    ],
+)
+def test_layers_of_the_published_code(num_scales, of_two, of_three, of_four):
+    # Read off the published code. Many scales lie half way between two layers: rounding decides, and must do it alike.
+    for layers in (of_two, of_three, of_four):
+        count = int(layers[-1]) + 1
+        ours = [nearest_layer(count, si / (num_scales - 1)) for si in range(num_scales)]
+        assert "".join(map(str, ours)) == layers
 
 
 def test_no_phi_at_ratio_zero():
@@ -144,6 +161,19 @@ def test_tokenizer_takes_small_images():
     image = torch.rand(1, 3, 4, 4) * 2 - 1
     assert vae.downsample == 2 and vae.encode(image).shape == (1, 4, 2, 2)
     assert vae.img_to_reconstructed_img(image, last_one=True).shape == image.shape
+
+
+def test_gradients_pass_through_decoding_and_teacher_forcing():
+    vae = VQVAE(vocab_size=8, z_channels=4, ch=32, v_patch_nums=(1, 2), ch_mult=(1, 2), test_mode=False)
+    maps = [torch.randn(1, 4, pn, pn, requires_grad=True) for pn in (1, 2)]
+    vae.embed_to_img(maps, all_to_max_scale=True, last_one=True).sum().backward()
+    assert all(m.grad.abs().sum() > 0 for m in maps)
+    image = torch.rand(1, 3, 4, 4) * 2 - 1
+    vae.img_to_reconstructed_img(image, last_one=True).sum().backward()
+    assert vae.decoder.conv_in.weight.grad.abs().sum() > 0 and vae.quantize.embedding.weight.grad.abs().sum() > 0
+    vae.zero_grad()
+    vae.quantize.idxBl_to_var_input(vae.img_to_idxBl(image)).sum().backward()
+    assert vae.quantize.embedding.weight.grad.abs().sum() > 0
 
 
 def test_statistics_of_another_number_of_scales_load():

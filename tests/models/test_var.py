@@ -8,11 +8,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.models.golden_util import CASES, load_case
 from var_fast import VAR, VQVAE, build_vae_var
 from var_fast.errors import UserError
 from var_fast.models.drop_path import DropPath
+from var_fast.models.published_draws import gumbel_softmax_with_rng
 
 
 @pytest.fixture(params=CASES)
@@ -66,6 +68,58 @@ def test_kv_caching_equals_the_masked_whole(case):
         block.attn.kv_caching(False)
         first = slice(0, 1)
         torch.testing.assert_close(block(x[:, first], cond, None), whole[:, first], atol=1e-5, rtol=1e-5)
+
+
+def test_kv_caching_can_be_differentiated(case):
+    block, L = case.var.blocks[0], case.var.L
+    x, cond = torch.randn(2, L, case.var.C), case.var.shared_ada_lin(torch.randn(2, case.var.C))
+    block(x, cond, None, patch_nums=case.var.patch_nums).square().sum().backward()
+    whole = block.attn.mat_qkv.weight.grad.clone()
+    block.zero_grad()
+    cond = cond.detach()
+    block.attn.kv_caching(True)
+    sum(block(x[:, begin:end], cond, None).square().sum() for begin, end in case.var.begin_ends).backward()
+    torch.testing.assert_close(block.attn.mat_qkv.weight.grad, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits(case):
+    label_B, x = case.arrays["label_B"], case.arrays["var_input_BLC"]
+    target_BL = torch.cat([case.arrays[f"idx_{si}_Bl"] for si in range(len(case.var.patch_nums))], dim=1)
+    loss, loss_S, accuracy_S = case.var.loss(label_B, x, target_BL, label_smoothing=0.1)
+    torch.testing.assert_close(loss, case.arrays["loss_label_smoothing_0p1"], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        logits_BLV = case.var(label_B, x)
+    for si, (begin, end) in enumerate(case.var.begin_ends):
+        part, target = logits_BLV[:, begin:end], target_BL[:, begin:end]
+        ce = F.cross_entropy(part.flatten(0, 1), target.flatten(), label_smoothing=0.1)
+        torch.testing.assert_close(loss_S[si], ce, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(accuracy_S[si], (part.argmax(-1) == target).float().mean())
+
+
+def test_the_generator_can_be_replaced(case):
+    # The published trainer does this to give every rank its own.
+    del case.var.rng
+    case.var.rng = torch.Generator().manual_seed(3)
+    assert case.var.rng.initial_seed() == 3
+
+
+def test_one_condition_serves_all_images(case):
+    x, cond = torch.randn(3, 1, case.var.C), torch.randn(1, case.var.C)
+    with torch.no_grad():
+        for module, c in (
+            (lambda x, c: case.var.blocks[0](x, case.var.shared_ada_lin(c), None), cond),
+            (case.var.head_nm, cond),
+        ):
+            torch.testing.assert_close(module(x, c), module(x, c.expand(3, -1)))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gumbel_softmax_is_torchs(hard):
+    logits = torch.randn(2, 3, 7)
+    torch.manual_seed(5)
+    expected = F.gumbel_softmax(logits, tau=0.4, hard=hard)
+    ours = gumbel_softmax_with_rng(logits, 0.4, hard, rng=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(ours, expected)
 
 
 def test_attention_dropout_acts_in_training_only():
@@ -164,7 +218,7 @@ def test_any_pyramid_samples():
         (dict(top_k=-1), "top_k is -1"),
         (dict(top_p=1.1), "top_p is 1.1"),
         (dict(top_p=float("nan")), "top_p is nan"),
-        (dict(cfg=-1.0), "cfg is -1.0"),
+        (dict(cfg=float("inf")), "cfg is inf"),
     ],
 )
 def test_bad_sampling_arguments_are_named(options, named):

@@ -21,13 +21,15 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 matrix products in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    # torch has no public question for this; where the private one is gone, float32 is the safe answer
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 class Sampler:
     """Samples a VAR with one random stream per image, keyed by (seed of the image, scale, token).
 
-    `dtype`: "float32" (the reference's tokens), "bfloat16" or "float16" (autocast), or "auto": bfloat16 where the
+    `dtype`: "float32" (the reference's tokens; on CUDA, convolutions round to TF32 unless
+    torch.backends.cudnn.allow_tf32 is False), "bfloat16" or "float16" (autocast), or "auto": bfloat16 where the
     device computes in it, else float32. `device`: moves the model there; None: where it is. `max_batch`: larger
     requests are made in parts. Raises UserError for an unknown dtype or device.
     """
@@ -67,7 +69,8 @@ class Sampler:
         """
         parts = []
         for part in self._parts(labels, seeds, cfg, top_k, top_p):
-            *_, f_hat_BChw = self._scales(*part, cfg, top_k, top_p, more_smooth)
+            with self._autocast():
+                *_, f_hat_BChw = self._scales(*part, cfg, top_k, top_p, more_smooth)
             parts.append(self._decode(f_hat_BChw))
         return torch.cat(parts)
 
@@ -86,7 +89,9 @@ class Sampler:
             for part in self._parts(labels, seeds, cfg, top_k, top_p)
         ]
         # One part at a time would hold back the first images, so all parts advance together.
-        while f_hats := [f_hat for part in parts if (f_hat := next(part, None)) is not None]:
+        for _ in self.var.patch_nums:
+            with self._autocast():
+                f_hats = [next(part) for part in parts]
             yield torch.cat([self._decode(f_hat) for f_hat in f_hats])
 
     def _parts(self, labels, seeds, cfg, top_k, top_p) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -103,7 +108,6 @@ class Sampler:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    @torch.no_grad()
     def _scales(self, label_B, seed_B, cfg, top_k, top_p, more_smooth) -> Iterator[torch.Tensor]:
         embedding_VC = self.var.vae_quant_proxy[0].embedding.weight
         last = max(self.var.num_stages_minus_1, 1)
@@ -123,15 +127,7 @@ class Sampler:
             weights_BlV = ((logits_BlV + gumbel_BlV) / tau).softmax(dim=-1)
             return idx_Bl, weights_BlV @ embedding_VC
 
-        with self._autocast():
-            scales = self.var.sample_scales(label_B, cfg, draw)
-        while True:
-            # Entered anew for each scale: between two of them the caller's own code runs.
-            with self._autocast():
-                f_hat_BChw = next(scales, None)
-            if f_hat_BChw is None:
-                return
-            yield f_hat_BChw
+        return self.var.sample_scales(label_B, cfg, draw)
 
     @torch.no_grad()
     def _decode(self, f_hat_BChw: torch.Tensor) -> torch.Tensor:

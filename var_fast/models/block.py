@@ -29,10 +29,18 @@ class SharedAdaLin(nn.Linear):
 class FFN(nn.Module):
     """Linear, tanh-GELU, linear."""
 
-    def __init__(self, in_features: int, hidden_features: int, drop: float = 0.0):
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        drop: float = 0.0,
+        fused_if_available: bool = True,
+    ):
         super().__init__()
+        hidden_features = hidden_features or in_features
         self.fc1 = nn.Linear(in_features, hidden_features)
-        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
@@ -137,7 +145,6 @@ class AdaLNSelfAttn(nn.Module):
         super().__init__()
         self.block_idx, self.last_drop_p = block_idx, last_drop_p
         self.C, self.D, self.shared_aln = embed_dim, cond_dim, shared_aln
-        self.fused_if_available = fused_if_available
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.attn = SelfAttention(
             block_idx=block_idx,
@@ -148,7 +155,7 @@ class AdaLNSelfAttn(nn.Module):
             attn_l2_norm=attn_l2_norm,
             flash_if_available=flash_if_available,
         )
-        self.ffn = FFN(in_features=embed_dim, hidden_features=round(embed_dim * mlp_ratio), drop=drop)
+        self.ffn = FFN(embed_dim, round(embed_dim * mlp_ratio), drop=drop, fused_if_available=fused_if_available)
         self.ln_wo_grad = norm_layer(embed_dim, elementwise_affine=False)
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, embed_dim) / embed_dim**0.5)
@@ -169,7 +176,8 @@ class AdaLNSelfAttn(nn.Module):
         patch_nums: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """x (B, L, C) -> (B, L, C); `attn_bias` and `patch_nums` as in SelfAttention."""
-        return self.forward_modulated(x, self.modulation(cond_BD), attn_bias, patch_nums=patch_nums)
+        modulation = tuple(m_BC.expand(x.shape[0], -1) for m_BC in self.modulation(cond_BD))
+        return self.forward_modulated(x, modulation, attn_bias, patch_nums=patch_nums)
 
     def forward_modulated(
         self,
@@ -202,5 +210,5 @@ class AdaLNBeforeHead(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * C))
 
     def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        scale_BC, shift_BC = self.ada_lin(cond_BD).view(-1, 2, self.C).unbind(1)
+        scale_BC, shift_BC = self.ada_lin(cond_BD).view(-1, 2, self.C).expand(x_BLC.shape[0], -1, -1).unbind(1)
         return adaln_modulate(x_BLC, scale_BC, shift_BC, self.ln_wo_grad.eps)

@@ -6,7 +6,10 @@ import torch
 
 
 class KVCache:
-    """Room for `capacity` tokens; doubles when more come, so that no scale copies the earlier ones."""
+    """Room for `capacity` tokens; doubles when more come, so that no scale copies the earlier ones.
+
+    Where gradients are wanted it concatenates instead: what autograd has seen may not be overwritten.
+    """
 
     def __init__(self, capacity: int = 0):
         self.capacity, self.length = capacity, 0
@@ -14,6 +17,8 @@ class KVCache:
 
     def append(self, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores keys and values (B, l, H, D) and returns all so far as (B, L, H, D) views."""
+        if torch.is_grad_enabled() and (k_BLHD.requires_grad or v_BLHD.requires_grad):
+            return self._concatenate(k_BLHD, v_BLHD)
         B, added, H, D = k_BLHD.shape
         end = self.length + added
         if self.kv_2BHLD is None or end > self.kv_2BHLD.shape[3]:
@@ -26,4 +31,12 @@ class KVCache:
         self.kv_2BHLD[1, :, :, self.length : end] = v_BLHD.transpose(1, 2)
         self.length = end
         k_BHLD, v_BHLD = self.kv_2BHLD[:, :, :, :end]
+        return k_BHLD.transpose(1, 2), v_BHLD.transpose(1, 2)
+
+    def _concatenate(self, k_BLHD, v_BLHD):
+        kv_2BHLD = torch.stack((k_BLHD, v_BLHD)).transpose(2, 3)
+        if self.kv_2BHLD is not None:
+            kv_2BHLD = torch.cat((self.kv_2BHLD[:, :, :, : self.length], kv_2BHLD), dim=3)
+        self.kv_2BHLD, self.length = kv_2BHLD, kv_2BHLD.shape[3]
+        k_BHLD, v_BHLD = kv_2BHLD
         return k_BHLD.transpose(1, 2), v_BHLD.transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,12 +18,15 @@ class Phi(nn.Conv2d):
         return h_BChw * (1 - self.resi_ratio) + super().forward(h_BChw) * self.resi_ratio
 
 
-def _nearest_tick(num_layers: int, position: float) -> int:
-    """Which of `num_layers` evenly spread layers lies nearest to a scale at `position` in [0, 1]."""
+def nearest_layer(num_layers: int, position: float) -> int:
+    """Which of `num_layers` evenly spread layers lies nearest to a scale at `position` in [0, 1].
+
+    Scales often lie exactly half way between two layers, so the last bit of numpy's linspace decides, as it does in
+    the published code: computed in any other way, published checkpoints would be read with wrong layers.
+    """
     edge = 1 / 3 / num_layers if num_layers == 4 else 1 / 2 / num_layers
-    step = (1 - 2 * edge) / max(num_layers - 1, 1)
-    ticks = [edge + i * step for i in range(num_layers)]
-    return min(range(num_layers), key=lambda i: abs(ticks[i] - position))
+    ticks = np.linspace(edge, 1 - edge, num_layers)
+    return int(np.argmin(np.abs(ticks - position)))
 
 
 class PhiShared(nn.Module):
@@ -44,14 +48,14 @@ class PhiPartiallyShared(nn.Module):
         self.qresi_ls = qresi_ls
 
     def __getitem__(self, position: float) -> nn.Module:
-        return self.qresi_ls[_nearest_tick(len(self.qresi_ls), position)]
+        return self.qresi_ls[nearest_layer(len(self.qresi_ls), position)]
 
 
 class PhiNonShared(nn.ModuleList):
     """One layer a scale; indexed, like the others, by the scale's position in [0, 1]."""
 
     def __getitem__(self, position: float) -> nn.Module:
-        return super().__getitem__(_nearest_tick(len(self), position))
+        return super().__getitem__(nearest_layer(len(self), position))
 
 
 def build_phi(

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from var_fast.models.phi import build_phi
-from var_fast.ops import multiscale_quantize
+from var_fast.models.phi import Phi, build_phi
+from var_fast.ops import multiscale_quantize, pyramid_update
 from var_fast.ops.multiscale_quantize import bicubic_up, scale_position
 
 
@@ -72,7 +72,7 @@ class VectorQuantizer2(nn.Module):
 
         The loss is the mean over scales of |f_hat_k - sg(f)|^2 + beta |sg(f_hat_k) - f|^2, f_hat_k the sum up to
         scale k. In training mode the code counts (summed over ranks) enter `ema_vocab_hit_SV`; `record_hit` counts
-        the steps.
+        the steps. (The published code counts every scale as a step and starts all scales but the first from 0.)
         """
         f_BChw = f_BChw.float()
         f_no_grad_BChw = f_BChw.detach()
@@ -114,7 +114,6 @@ class VectorQuantizer2(nn.Module):
         margin = _world_size() * vectors / self.vocab_size * 0.08
         return (self.ema_vocab_hit_SV >= margin).float().mean(dim=1).mul(100).tolist()
 
-    @torch.no_grad()
     def f_to_idxBl_or_fhat(
         self,
         f_BChw: torch.Tensor,
@@ -135,7 +134,6 @@ class VectorQuantizer2(nn.Module):
         scales = f_hats if to_fhat else idx_Bl_per_scale
         return scales[: self.prog_si + 1] if self.prog_si >= 0 else scales
 
-    @torch.no_grad()
     def embed_to_fhat(
         self, ms_h_BChw: list[torch.Tensor], all_to_max_scale: bool = True, last_one: bool = False
     ) -> list[torch.Tensor] | torch.Tensor:
@@ -148,7 +146,6 @@ class VectorQuantizer2(nn.Module):
             f_hats.append(f_hat_BChw)
         return f_hat_BChw if last_one else f_hats
 
-    @torch.no_grad()
     def idxBl_to_var_input(self, gt_ms_idx_Bl: list[torch.Tensor]) -> torch.Tensor | None:
         """Teacher forcing: what the transformer is given for scales 1.. when these are the true tokens (VAR algorithm
         2).
@@ -162,13 +159,20 @@ class VectorQuantizer2(nn.Module):
         for si in range(len(self.v_patch_nums) - 1):
             if 0 <= self.prog_si <= si:
                 break
-            h_BCpp = self._tokens_to_map(gt_ms_idx_Bl[si], self.v_patch_nums[si])
-            f_hat_BChw, next_BCpp = self.get_next_autoregressive_input(si, len(self.v_patch_nums), f_hat_BChw, h_BCpp)
+            next_BCpp = self.add_tokens(si, gt_ms_idx_Bl[si], f_hat_BChw)
             maps_BlC.append(next_BCpp.flatten(2).transpose(1, 2))
         return torch.cat(maps_BlC, dim=1) if maps_BlC else None
 
     def _tokens_to_map(self, idx_Bl: torch.Tensor, pn: int) -> torch.Tensor:
         return self.embedding(idx_Bl).transpose(1, 2).reshape(idx_Bl.shape[0], self.Cvae, pn, pn)
+
+    def add_tokens(self, si: int, idx_Bl: torch.Tensor, f_hat_BChw: torch.Tensor) -> torch.Tensor:
+        """Adds scale `si`'s tokens (B, l) to f_hat (B, Cvae, h, w) in place and returns the next scale's map (the last
+        scale's: f_hat's own size)."""
+        phi, pn = self._phi(si), self.v_patch_nums[si]
+        conv = (phi.weight, phi.bias, phi.resi_ratio) if isinstance(phi, Phi) else (None, None, 0.0)
+        pn_next = self.v_patch_nums[min(si + 1, len(self.v_patch_nums) - 1)]
+        return pyramid_update(idx_Bl, self.embedding.weight, *conv, f_hat_BChw, pn, pn_next)
 
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: torch.Tensor, h_BChw: torch.Tensor

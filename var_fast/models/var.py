@@ -14,8 +14,9 @@ from var_fast.errors import UserError
 from var_fast.hub import TransformerHubMixin
 from var_fast.models.block import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
 from var_fast.models.kv_cache import KVCache
-from var_fast.models.published_draws import draw_tokens, gumbel_weights
+from var_fast.models.published_draws import gumbel_softmax_with_rng, sample_with_top_k_top_p_
 from var_fast.models.vqvae import VQVAE
+from var_fast.ops import scale_cross_entropy
 
 Draw = Callable[[int, torch.Tensor, torch.Tensor | None, float], tuple[torch.Tensor, torch.Tensor | None]]
 """(scale, conditional logits (B, l, V), unconditional ones or None, guidance t) -> (tokens (B, l), codes or None)."""
@@ -132,6 +133,19 @@ class VAR(TransformerHubMixin, nn.Module):
             self._rng = torch.Generator(device=device)
         return self._rng
 
+    @rng.setter
+    def rng(self, generator: torch.Generator) -> None:
+        self._rng = generator
+
+    @rng.deleter
+    def rng(self) -> None:
+        self._rng = None
+
+    @property
+    def uniform_prob(self) -> torch.Tensor:
+        """(num_classes,): the chances of the labels where none are given."""
+        return torch.full((self.num_classes,), 1 / self.num_classes, device=self.lvl_1L.device)
+
     def extra_repr(self) -> str:
         return f"drop_path_rate={self.drop_path_rate:g}"
 
@@ -146,6 +160,29 @@ class VAR(TransformerHubMixin, nn.Module):
         `VectorQuantizer2.idxBl_to_var_input`. With `prog_si` >= 0, L ends with that scale. Each label is replaced by
         the null class with probability `cond_drop_rate`, in evaluation mode too, as in the published code.
         """
+        logits_BLV = self.get_logits(*self._features(label_B, x_BLCv_wo_first_l))
+        return logits_BLV + self._zero() if self.prog_si == 0 else logits_BLV
+
+    def loss(
+        self,
+        label_B: torch.Tensor,
+        x_BLCv_wo_first_l: torch.Tensor,
+        target_BL: torch.Tensor,
+        token_weight_BL: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `forward`, and then the cross-entropy with the true tokens (B, L): (loss, loss per scale, accuracy per
+        scale), as `var_fast.ops.scale_cross_entropy` defines them.
+        """
+        h_BLC, cond_BD = self._features(label_B, x_BLCv_wo_first_l)
+        h_BLC = self.head_nm(h_BLC.float(), cond_BD.float()).float()
+        loss, loss_S, accuracy_S = scale_cross_entropy(
+            h_BLC, self.head.weight, self.head.bias, target_BL, token_weight_BL, label_smoothing, self.patch_nums
+        )
+        return (loss + self._zero() if self.prog_si == 0 else loss), loss_S, accuracy_S
+
+    def _features(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks' output (B, L, C) under teacher forcing, and the condition (B, D)."""
         end = self.begin_ends[self.prog_si][1] if self.prog_si >= 0 else self.L
         device_type = label_B.device.type
         with torch.autocast(device_type, enabled=False):
@@ -166,11 +203,11 @@ class VAR(TransformerHubMixin, nn.Module):
         attn_bias = self.attn_bias_for_masking[:, :, :end, :end]
         for block in self.blocks:
             x_BLC = block(x_BLC, cond_BD_or_gss, attn_bias, patch_nums=self.patch_nums)
-        logits_BLV = self.get_logits(x_BLC.float(), cond_BD)
-        if self.prog_si == 0:
-            # word_embed has no part in the first scale; DistributedDataParallel wants a gradient, be it zero.
-            logits_BLV = logits_BLV + 0 * (self.word_embed.weight.sum() + self.word_embed.bias.sum())
-        return logits_BLV
+        return x_BLC, cond_BD
+
+    def _zero(self) -> torch.Tensor:
+        # word_embed has no part in the first scale; DistributedDataParallel wants a gradient, be it zero.
+        return 0 * (self.word_embed.weight.sum() + self.word_embed.bias.sum())
 
     def get_logits(self, h_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) in float32 of the blocks' output (B, L, C)."""
@@ -203,12 +240,12 @@ class VAR(TransformerHubMixin, nn.Module):
         def draw(si, cond_BlV, uncond_BlV, t):
             logits_BlV = cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV
             check_finite(logits_BlV, si)
-            idx_Bl = draw_tokens(logits_BlV, top_k, top_p, rng)
+            idx_Bl = sample_with_top_k_top_p_(logits_BlV, top_k, top_p, rng)[..., 0]
             if not more_smooth:
                 return idx_Bl, None
             ratio = si / max(self.num_stages_minus_1, 1)
             tau = max(0.27 * (1 - ratio * 0.95), 0.005)
-            return idx_Bl, gumbel_weights(logits_BlV * (1 + ratio), tau, rng) @ embedding_VC
+            return idx_Bl, gumbel_softmax_with_rng(logits_BlV * (1 + ratio), tau, rng=rng) @ embedding_VC
 
         *_, f_hat_BChw = self.sample_scales(label_B, cfg, draw)
         return self.vae_proxy[0].fhat_to_img(f_hat_BChw).add_(1).mul_(0.5)
@@ -216,8 +253,7 @@ class VAR(TransformerHubMixin, nn.Module):
     def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
         device = self.lvl_1L.device
         if label_B is None:
-            uniform = torch.full((self.num_classes,), 1 / self.num_classes, device=device)
-            return torch.multinomial(uniform, num_samples=B, replacement=True, generator=rng).view(B)
+            return torch.multinomial(self.uniform_prob, num_samples=B, replacement=True, generator=rng).view(B)
         if isinstance(label_B, int):
             label_B = torch.full((B,), self.num_classes if label_B < 0 else label_B, device=device)
         label_B = label_B.to(device)
@@ -259,9 +295,10 @@ class VAR(TransformerHubMixin, nn.Module):
                 cond_BlV, uncond_BlV = self.get_logits(x_RlC[:B], cond_RD[:B]), None
             idx_Bl, h_BlC = draw(si, cond_BlV, uncond_BlV, t)
             if h_BlC is None:
-                h_BlC = quantize.embedding(idx_Bl)
-            h_BCpp = h_BlC.float().transpose(1, 2).reshape(B, self.Cvae, pn, pn)
-            f_hat_BChw, next_BCpp = quantize.get_next_autoregressive_input(si, len(self.patch_nums), f_hat_BChw, h_BCpp)
+                next_BCpp = quantize.add_tokens(si, idx_Bl, f_hat_BChw)
+            else:
+                h_BCpp = h_BlC.float().transpose(1, 2).reshape(B, self.Cvae, pn, pn)
+                _, next_BCpp = quantize.get_next_autoregressive_input(si, len(self.patch_nums), f_hat_BChw, h_BCpp)
             if si < self.num_stages_minus_1:
                 begin, end = self.begin_ends[si + 1]
                 x_BlC = self.word_embed(next_BCpp.flatten(2).transpose(1, 2)) + pos_1LC[:, begin:end]
@@ -301,8 +338,8 @@ class VAR(TransformerHubMixin, nn.Module):
 
 def check_sampling_options(cfg: float, top_k: int, top_p: float) -> None:
     """Raises UserError for options out of range."""
-    if not math.isfinite(cfg) or cfg < 0:
-        raise UserError(f"cfg is {cfg}, expected a finite number of at least 0")
+    if not math.isfinite(cfg):
+        raise UserError(f"cfg is {cfg}, expected a finite number")
     if top_k < 0:
         raise UserError(f"top_k is {top_k}, expected at least 0 (0: all codes)")
     if not 0 <= top_p <= 1:

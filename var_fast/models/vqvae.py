@@ -98,7 +98,6 @@ class VQVAE(TokenizerHubMixin, nn.Module):
         """Tokens (B, pn * pn) int64 of every scale."""
         return self.quantize.f_to_idxBl_or_fhat(self.encode(inp_img_no_grad), to_fhat=False, v_patch_nums=v_patch_nums)
 
-    @torch.no_grad()
     def idxBl_to_img(
         self, ms_idx_Bl: list[torch.Tensor], same_shape: bool, last_one: bool = False
     ) -> list[torch.Tensor] | torch.Tensor:
@@ -112,7 +111,6 @@ class VQVAE(TokenizerHubMixin, nn.Module):
             maps.append(self.quantize._tokens_to_map(idx_Bl, pn))
         return self.embed_to_img(maps, all_to_max_scale=same_shape, last_one=last_one)
 
-    @torch.no_grad()
     def embed_to_img(
         self, ms_h_BChw: list[torch.Tensor], all_to_max_scale: bool, last_one: bool = False
     ) -> list[torch.Tensor] | torch.Tensor:
@@ -120,7 +118,6 @@ class VQVAE(TokenizerHubMixin, nn.Module):
         f_hat = self.quantize.embed_to_fhat(ms_h_BChw, all_to_max_scale=all_to_max_scale, last_one=last_one)
         return self.fhat_to_img(f_hat) if last_one else [self.fhat_to_img(f) for f in f_hat]
 
-    @torch.no_grad()
     def img_to_reconstructed_img(
         self, x: torch.Tensor, v_patch_nums: Sequence[int] | None = None, last_one: bool = False
     ) -> list[torch.Tensor] | torch.Tensor:
