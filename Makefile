@@ -1,12 +1,14 @@
-# make demo, make test ... set up what they need: a virtual environment in .venv unless one is active, then var_fast
-# in it. A second run finds it done. TORCH=torch==2.13.0 may name another version or a wheel.
+# make demo, make test ... set up what they need: a virtual environment in .venv unless one is active (conda's too),
+# then var_fast in it. A second run finds it done. TORCH=torch==2.13.0 may name another version or a wheel.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+VENV := $(or $(ACTIVE),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 # one stamp per environment, so that two environments can share a checkout
 STAMP := .stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+DEMO_OPTIONS := --model demo --seeds 0-15 --cfg 3 --top-k 300 --top-p 0.9
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint gpu-check clean
@@ -15,7 +17,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)-run  ## sample 16 images from the model in this package into demo.png
-	@$(BIN)/var-fast sample --model demo --seeds 0-15 --out demo.png
+	@$(BIN)/var-fast sample $(DEMO_OPTIONS) --out demo.png
 	@echo "the picture is $(CURDIR)/demo.png"
 
 test: $(STAMP)-test  ## every test that needs no GPU
@@ -30,18 +32,19 @@ gpu-check:  ## build with the python3 at hand (no network needed), run the tests
 	$(PYTHON) -m var_fast.gpu_check
 
 clean:  ## remove what was built here; a virtual environment stays
-	rm -rf build dist *.egg-info .stamp-* var_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .stamp-* var_fast/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# an active environment has its pyvenv.cfg already (or is not a venv, as conda's: then nothing to make either)
-$(VENV)/pyvenv.cfg:
-	@test -n "$(VIRTUAL_ENV)" || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); false; }
+# made only where none is active; conda's have no pyvenv.cfg, so that one is no prerequisite there
+MADE := $(if $(ACTIVE),,$(VENV)/pyvenv.cfg)
+$(CURDIR)/.venv/pyvenv.cfg:
+	$(PYTHON) -m venv $(@D) || { rm -rf $(@D); false; }
 
-$(STAMP)-run: $(VENV)/pyvenv.cfg $(SOURCES)
+$(STAMP)-run: $(MADE) $(SOURCES)
 	$(call install,.)
 	@touch $@
 
-$(STAMP)-test: $(VENV)/pyvenv.cfg $(SOURCES)
+$(STAMP)-test: $(MADE) $(SOURCES)
 	$(call install,'.[test]')
 	@touch $@ $(STAMP)-run
 

@@ -15,24 +15,28 @@ except ImportError:
 
 
 def environment_paths():
-    """Where the environment that var_fast is installed into keeps its packages.
+    """Where the environment that var_fast is installed into keeps its own packages.
 
     pip's build isolation takes them off sys.path, but runs the environment's own interpreter.
     """
+    return [*sys.path, *(sysconfig.get_path(name) for name in ("purelib", "platlib"))]
+
+
+def inherited_paths():
+    """Where an environment may have packages from besides: the interpreter it was made with, and the user's folder."""
     bases = {"base": sys.base_prefix, "platbase": sys.base_prefix}
-    paths = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
-    paths += [sysconfig.get_path(name, vars=bases) for name in ("purelib", "platlib")]
-    return [*sys.path, *paths, site.getusersitepackages()]
+    return [*(sysconfig.get_path(name, vars=bases) for name in ("purelib", "platlib")), site.getusersitepackages()]
 
 
 def check_torch():
     """Stop before pip has downloaded anything if torch is missing.
 
-    Where pip is not to be seen either, this is a temporary environment that another installer made for the build
-    alone: then nothing is known about torch, and the build itself does not need it.
+    Where the environment has no pip of its own, it is a temporary one that another installer made for the build
+    alone: then nothing is known about torch, and the build itself does not need it. The base interpreter's pip says
+    nothing, every virtual environment has that behind it.
     """
-    paths = environment_paths()
-    if PathFinder.find_spec("pip", paths) and not PathFinder.find_spec("torch", paths):
+    own = environment_paths()
+    if PathFinder.find_spec("pip", own) and not PathFinder.find_spec("torch", own + inherited_paths()):
         sys.exit(
             "var_fast: torch is not installed in this environment; "
             "run: pip install torch==2.13.0 (on the CPU; else as pytorch.org says) and try again"

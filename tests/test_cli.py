@@ -227,13 +227,16 @@ def test_reconstruct_unreadable(model, folder, capsys, content, message):
         (["--seeds", str(2**63)], "up to 2^63 - 1"),
         (["--seeds", "0-9999999999"], "too long"),
         (["--cfg", "nan"], "cfg is nan"),
-        (["--cfg", "-1"], "cfg is -1.0"),
+        (["--cfg", "inf"], "cfg is inf, expected a finite number"),
         (["--top-k", "-1"], "top_k is -1, expected at least 0"),
         (["--top-k", "many"], "'--top-k'"),
         (["--top-p", "1.5"], "top_p is 1.5, expected 0 to 1"),
         (["--top-p", "-0.1"], "top_p is -0.1"),
         (["--dtype", "float8"], "'float32', 'bfloat16'"),
         (["--device", "abacus"], "--device is 'abacus'"),
+        (["--device", "meta"], "--device is 'meta', which cannot be used here"),
+        (["--device", "hpu"], "--device is 'hpu', which cannot be used here"),
+        (["--out", "x.png", "--save-dir", "./x.png"], "--out and --save-dir are both 'x.png'"),
         (["--batch", "0"], "'--batch'"),
         (["--columns", "0"], "'--columns'"),
         (["--columns", "2", "--steps"], "--steps"),
@@ -317,6 +320,49 @@ def test_out_of_memory(model, folder, capsys, monkeypatch):
     assert "out of memory: try a --batch below 64" in refused(capsys, folder, "sample", "--model", model)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_on_the_cpu(model, folder, capsys, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    save_png(torch.rand(3, SIZE, SIZE), "a.png")
+    monkeypatch.setattr(VQVAE, "img_to_reconstructed_img", fail)
+    line = refused(capsys, folder, "reconstruct", "--model", model, "a.png")
+    assert line == "error: out of memory: try --device cpu\n"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, RecursionError])
+def test_other_runtime_errors_are_not_out_of_memory(model, folder, monkeypatch, kind):
+    def fail(*arguments, **options):
+        raise kind("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setattr(Sampler, "sample", fail)
+    with pytest.raises(kind, match="no data"):
+        sample(model)
+
+
+def test_reconstruct_on_a_device_without_data(model, folder, capsys):
+    save_png(torch.rand(3, SIZE, SIZE), "a.png")
+    line = refused(capsys, folder, "reconstruct", "--model", model, "a.png", "--device", "meta")
+    assert "--device is 'meta', which cannot be used here" in line
+
+
+def test_save_dir_that_becomes_a_file_meanwhile(model, folder, capsys, monkeypatch):
+    """The folder comes first, so that no grid is left behind where it cannot be made."""
+    real = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda *a, **k: (Path("single").touch(), real(*a, **k))[1])
+    assert sample(model, "--save-dir", "single") == 2
+    assert "cannot make the directory 'single'" in capsys.readouterr().err
+    assert os.listdir(folder) == ["single"]
+
+
 # --- Ctrl-C, and failures of our own
 
 
@@ -363,6 +409,8 @@ def test_help_and_version(capsys):
 def test_train_is_handed_its_arguments(folder, capsys):
     assert "No such option" in refused(capsys, folder, "train", "tokenizer", "--unheard-of", "3")
     assert "does not exist" in refused(capsys, folder, "train", "tokenizer", "--steps", 1, "--data", "missing")
+    assert "ch: got 0, expected 1" in refused(capsys, folder, "train", "tokenizer", "--steps", 1, "--ch", 0)
+    assert "expected at least one limit" in refused(capsys, folder, "train", "tokenizer")
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -79,3 +81,19 @@ def test_extension_not_built(monkeypatch):
     monkeypatch.setattr(doctor, "native_problem", lambda: "not built; run: pip install -e .")
     assert "not built; run: pip install -e ." in printed()
     assert not doctor.report()["extension"]["built"]
+
+
+def test_triton_not_installed(monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "version", version)
+    assert "not installed (no operator of this version uses it)" in printed()
+
+
+def test_report_needs_neither_rich_nor_safetensors(demo, monkeypatch):
+    for package in ("rich", "safetensors"):
+        monkeypatch.setitem(sys.modules, package, None)
+    found = doctor.report()["demo"]
+    assert found["files"]["transformer.safetensors"] == "not checked: safetensors is not installed"
+    assert not found["complete"]

@@ -1,13 +1,18 @@
-"""What setup.py says when something it needs is missing: one line, before anything is built or downloaded."""
+"""What setup.py says when something it needs is missing: one line, before anything is built or downloaded. And the
+environment that make uses."""
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 import pytest
 import setuptools
+
+import var_fast
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +34,7 @@ def environment(setup_py, monkeypatch, tmp_path):
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").touch()
         monkeypatch.setitem(setup_py["check_torch"].__globals__, "environment_paths", lambda: [str(tmp_path)])
+        monkeypatch.setitem(setup_py["check_torch"].__globals__, "inherited_paths", list)
 
     return holding
 
@@ -50,6 +56,25 @@ def test_torch_present(setup_py, environment):
 def test_temporary_build_environment_of_another_installer(setup_py, environment):
     environment("setuptools", "pybind11")
     setup_py["check_torch"]()
+
+
+def test_build_environment_without_pip(tmp_path):
+    """What uv and build make: a virtual environment with the build's needs only; its base interpreter may have pip."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True, timeout=60)
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    folders = [Path(package.__file__).parent for package in (setuptools, pybind11)]
+    for folder in [*folders, folders[0].with_name("_distutils_hack")]:
+        (packages / folder.name).symlink_to(folder)
+    asked = subprocess.run(
+        [tmp_path / "bin" / "python", "-s", "setup.py", "--version"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.split()[-1] == var_fast.__version__
 
 
 def test_torch_is_found_where_pip_hides_it(setup_py, monkeypatch):
@@ -76,3 +101,26 @@ def test_compiler_missing(variables, tmp_path):
     assert build.stderr.strip().splitlines()[-1].startswith("var_fast: no C++ compiler found (looked for ")
     assert "Traceback" not in build.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("active", "used"),
+    [
+        ({"VIRTUAL_ENV": "/e/venv"}, "/e/venv"),
+        ({"CONDA_PREFIX": "/e/conda"}, "/e/conda"),
+        ({"VIRTUAL_ENV": "/e/venv", "CONDA_PREFIX": "/e/conda"}, "/e/venv"),
+        ({}, None),
+    ],
+)
+def test_make_uses_the_active_environment(active, used, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("setup.py", "pyproject.toml"):
+        (tmp_path / name).touch()
+    base = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "MAKEFLAGS", "MAKELEVEL")}
+    run = subprocess.run(
+        ["make", "-n", "demo"], cwd=tmp_path, env=base | active, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"{used or tmp_path / '.venv'}/bin/var-fast sample --model demo --seeds 0-15 --cfg 3 " in run.stdout
+    assert ("-m venv" in run.stdout) == (not active)

@@ -194,6 +194,8 @@ def sample(
     """
     seed_list = parse_seeds(seeds)
     _require_png(out)
+    if save_dir is not None and os.path.realpath(save_dir) == os.path.realpath(out):
+        raise UserError(f"--out and --save-dir are both {str(out)!r}, expected a file and a directory")
     if steps and columns is not None:
         raise UserError("--columns is given beside --steps, whose columns are the scales: expected one of them")
     from var_fast.cli_models import image_size, load_both, pick_device
@@ -206,6 +208,7 @@ def sample(
         check_writable(out)
         if save_dir is not None:
             _check_folder(save_dir)
+        place = pick_device(device)
 
     vae, var, classes, _ = load_both(model, vae_ckpt, var_ckpt)
     if list_labels:
@@ -217,7 +220,7 @@ def sample(
     pairs = [(label_list[i % len(label_list)], seed_list[i % len(seed_list)]) for i in range(count)]
 
     size = image_size(vae)
-    sampler = Sampler(var, dtype=dtype.value, device=pick_device(device))
+    sampler = Sampler(var, dtype=dtype.value, device=place)
     batch = batch or _default_batch(size, sampler.device.type)
     options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
     began = time.perf_counter()
@@ -236,9 +239,10 @@ def sample(
         columns = columns or (len(label_list) if one_column_per_label else squarest(count))
         picture = make_grid(images_B3HW, columns, upscale, mode=upscale_mode.value)
     drawn_labels, drawn_seeds = (",".join(map(str, numbers)) for numbers in zip(*pairs))
-    save_png(picture, out, {**notes, "label": drawn_labels, "seed": drawn_seeds})
     if save_dir is not None:
         _make_folder(save_dir)
+    save_png(picture, out, {**notes, "label": drawn_labels, "seed": drawn_seeds})
+    if save_dir is not None:
         for image_3HW, (label, seed) in zip(images_B3HW, pairs):
             own = {"label": str(label), **({"class": classes[label]} if classes else {}), "seed": str(seed)}
             save_png(image_3HW, save_dir / image_name(label, seed, classes), {**notes, **own})
@@ -293,20 +297,20 @@ def reconstruct(
     _require_png(out)
     import torch
 
-    from var_fast.cli_models import image_size, load_tokenizer, move, pick_device
+    from var_fast.cli_models import image_size, load_tokenizer, pick_device
     from var_fast.images import check_writable, load_image, make_grid, psnr, save_png
 
     check_writable(out)
+    place = pick_device(device)
     vae = load_tokenizer(model, vae_ckpt)
     size = image_size(vae)
     originals_B3HW = torch.stack([load_image(path, size, resize) for path in images])
-    place = pick_device(device)
-    move(vae, place)
 
     batch = _default_batch(size, place.type)
     parts = []
     began = time.perf_counter()
     with _progress("reconstructing", len(images)) as advance, _memory_advice("try --device cpu"):
+        vae.to(place)
         for part_B3HW in originals_B3HW.split(batch):
             parts.append(vae.img_to_reconstructed_img(part_B3HW.to(place), last_one=True).float().cpu())
             advance(len(part_B3HW))
@@ -390,8 +394,10 @@ def _memory_advice(advice: str) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator raises a plain RuntimeError, as does nearly everything else in torch.
+        words = ("can't allocate memory", "not enough memory")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(w in str(error) for w in words):
             raise
         raise UserError(f"out of memory: {advice}") from None
 

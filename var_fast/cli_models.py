@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from var_fast.checkpoint import Checkpoint, load_checkpoint
+from var_fast.checkpoint_files import first_line
 from var_fast.errors import UserError
 from var_fast.layout import PUBLISHED_PATCH_NUMS
 from var_fast.models import VAR, VQVAE
@@ -78,18 +79,15 @@ def image_size(vae: VQVAE) -> int:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that --device names; auto: a GPU if there is one. Raises UserError."""
+    """The device that --device names; auto: a GPU if there is one. Raises UserError if it cannot compute here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device is {device!r}, expected auto, cpu, cuda, cuda:1 or the like") from None
-
-
-def move(vae: VQVAE, device: torch.device) -> None:
-    """Moves a tokenizer to a device. Raises UserError if this machine has no such device."""
     try:
-        vae.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device is {str(device)!r}, which cannot be used here: {error}") from None
+        torch.zeros(1, device=place).item()  # "meta" has shapes but no data
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device is {device!r}, which cannot be used here: {first_line(error)}") from None
+    return place

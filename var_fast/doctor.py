@@ -7,15 +7,16 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import var_fast
 from var_fast.errors import UserError
 from var_fast.ops.backend import FAST_BACKENDS, explain, native_problem
+
+if TYPE_CHECKING:  # `report` must run on a machine that has no rich
+    from rich.console import Console
 
 DEMO_FILES = ("config.json", "tokenizer.safetensors", "transformer.safetensors")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
@@ -35,6 +36,9 @@ def report() -> dict:
 
 def print_report(console: Console) -> None:
     """Print `report()` as two tables: the machine, and the backend of every operator."""
+    from rich.markup import escape
+    from rich.table import Table
+
     found = report()
     machine = Table("what", "found", title="this machine")
     for name, value in found["versions"].items():
@@ -64,7 +68,7 @@ def _versions() -> dict[str, str]:
     try:
         triton = version("triton")
     except PackageNotFoundError:
-        triton = "not installed"
+        triton = "not installed (no operator of this version uses it)"
     return {
         "var_fast": var_fast.__version__,
         "python": platform.python_version(),
@@ -120,7 +124,7 @@ def _demo(directory: Path) -> dict:
     return {
         "directory": str(directory),
         "files": files,
-        "complete": not any(state.startswith(("missing", "damaged")) for state in files.values()),
+        "complete": not any(state.startswith(("missing", "damaged", "not checked")) for state in files.values()),
     }
 
 
@@ -128,8 +132,10 @@ def _file_state(path: Path) -> str:
     if not path.is_file():
         return "missing"
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            return "not checked: safetensors is not installed"
         try:  # opening compares the header with the file's length
             with safe_open(path, framework="pt"):
                 pass

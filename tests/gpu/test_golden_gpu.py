@@ -9,7 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.models import test_golden as on_cpu
 from tests.models.golden_util import CASES, load_case
+from tests.models.test_golden import relative_error, tokens
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -38,14 +40,6 @@ def bounds(request):
         yield BOUNDS[request.param]
 
 
-def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
-    return ((out.double() - ref.double()).norm() / ref.double().norm()).item()
-
-
-def tokens(case):
-    return [case.arrays[f"idx_{si}_Bl"] for si in range(len(case.var.patch_nums))]
-
-
 def test_encoder(case, bounds):
     assert relative_error(case.vae.encode(case.arrays["image_B3HW"]), case.arrays["latent_BChw"]) < bounds[0]
 
@@ -72,3 +66,26 @@ def test_tokens(case, bounds):
 def test_greedy_images(case, bounds, cfg):
     out = case.var.autoregressive_infer_cfg(2, case.arrays["label_B"], g_seed=7, cfg=cfg, top_k=1)
     assert relative_error(out, case.arrays[f"infer_topk1_cfg{cfg}_B3HW"]) < bounds[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        on_cpu.test_f_hat,
+        on_cpu.test_reconstruction_of_image,
+        on_cpu.test_teacher_forcing_input,
+        on_cpu.test_loss_and_gradients,
+        on_cpu.test_greedy_image_of_the_null_class,
+    ],
+    ids=lambda body: body.__name__.removeprefix("test_"),
+)
+def test_as_on_the_cpu(case, body):
+    """The float32 tests of tests/models/test_golden.py, their tolerances included, on the device's case."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        body(case)
+
+
+def test_tokenizer_training_step(case):
+    # it builds a tokenizer of its own, which this makes on the device
+    with torch.device(DEVICE), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        on_cpu.test_tokenizer_training_step(case)

@@ -231,3 +231,35 @@ def test_no_image_and_no_token():
         for backend in BACKENDS:
             drawn = sample_tokens(torch.zeros(shape), None, 0.0, 0, 0.0, torch.zeros(shape[:2]), backend=backend)
             assert drawn.shape == shape[:2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "with_uncond"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_operator_is_registered_correctly(backend, dtype, with_uncond):
+    cond, uncond, u = random_case(14, dtype=dtype)
+    cond.requires_grad_()
+    arguments = (cond, uncond if with_uncond else None, 1.0, 5, 0.9, u, backend)
+    torch.library.opcheck(torch.ops.var_fast.sample_tokens.default, arguments)
+
+
+def test_the_fake_answer_checks_shapes():
+    cond, uncond, u = (x.to("meta") for x in random_case(15))
+    drawn = sample_tokens(cond, uncond, 1.0, 5, 0.9, u)
+    assert (drawn.device.type, drawn.dtype, drawn.shape) == ("meta", torch.int64, (2, 3))
+    with pytest.raises(UserError, match=r"u_Bl is \(2, 2\)"):
+        sample_tokens(cond, uncond, 1.0, 5, 0.9, u[:, :2])
+
+
+def test_under_torch_compile():
+    """One graph without breaks, the same tokens as uncompiled, errors of the run with their type and text."""
+
+    def draw(cond, uncond, guidance, u):
+        return sample_tokens(2 * cond, uncond, guidance, 9, 0.8, u) + 1
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for B, guidance in [(2, 0.5), (5, 1.5)]:  # the second call has sizes and numbers of its own
+        cond, uncond, u = random_case(16, B=B)
+        assert torch.equal(compiled(cond, uncond, guidance, u), draw(cond, uncond, guidance, u))
+    cond[3, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="image 3 .*not finite"):
+        compiled(cond, uncond, 1.5, u)

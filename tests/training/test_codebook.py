@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from var_fast.training.codebook import code_rows_used, draw_candidates, residual_vectors, revive_codes
 from var_fast.training.tokenizer import build_tokenizer
@@ -23,6 +24,16 @@ def test_residual_vectors_find_the_codes_the_tokenizer_finds(vae):
         exact = torch.cdist(z.double(), codebook.double()).square()
         assert torch.equal(exact.argmin(1), idx.flatten())
         torch.testing.assert_close(distance.double(), exact.amin(1), rtol=1e-4, atol=1e-4)
+
+
+def test_residual_vectors_are_compared_at_unit_length_with_znorm(vae):
+    vae.quantize.using_znorm = True
+    img = torch.rand(3, 3, 16, 16) * 2 - 1
+    codebook = F.normalize(vae.quantize.embedding.weight.detach().double(), dim=-1)
+    for (z, distance), idx in zip(residual_vectors(vae, img), vae.img_to_idxBl(img), strict=True):
+        exact = torch.cdist(F.normalize(z.double(), dim=-1), codebook).square()
+        assert torch.equal(exact.argmin(1), idx.flatten())
+        torch.testing.assert_close(distance.double(), exact.amin(1), rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_rows_are_the_used_codes(vae):

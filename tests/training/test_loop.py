@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from var_fast.errors import UserError
-from var_fast.training.files import load_state
+from var_fast.training.files import load_state, save_state
 from var_fast.training.loop import Cadence, batch_indices, run_loop, step_seed
 from var_fast.training.schedule import Limits
 
@@ -112,3 +112,35 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: cannot write"):
         run_loop(CountJob(), tmp_path / "file" / "run", Limits(steps=1))
+
+
+def test_log_on_a_full_disk_is_a_user_error(tmp_path):
+    os.symlink("/dev/full", tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left on device; .*checkpoint\.pt"):
+        run_loop(CountJob(), tmp_path, Limits(steps=1))
+
+
+@pytest.mark.parametrize("missing", ["settings", "job", "step", "metrics"])
+def test_checkpoint_with_other_entries_is_a_user_error(tmp_path, missing):
+    run_loop(CountJob(), tmp_path, Limits(steps=1))
+    state = load_state(tmp_path / "checkpoint.pt", "count")
+    del state[missing]
+    save_state(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(UserError, match=r"checkpoint\.pt holds other entries .*" + missing):
+        run_loop(CountJob(), tmp_path, Limits(steps=2))
+
+
+def test_settings_that_are_not_compared(tmp_path):
+    @dataclass(frozen=True)
+    class Named(CountSettings):
+        place: str = field(default="", compare=False)
+
+    run_loop(CountJob(Named(place="a")), tmp_path, Limits(steps=1))
+    assert run_loop(CountJob(Named(place="b")), tmp_path, Limits(steps=2)).step == 2
+
+
+@pytest.mark.parametrize("name", ["save_every_s", "save_every_steps", "eval_every_s", "log_every_steps"])
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_bad_cadence(name, value):
+    with pytest.raises(UserError, match=name):
+        Cadence(**{name: value})

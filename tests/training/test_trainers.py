@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +14,21 @@ from typer.testing import CliRunner
 
 from var_fast.checkpoint import load_checkpoint
 from var_fast.errors import UserError
+from var_fast.training import export as export_module
 from var_fast.training import tokenizer as tokenizer_module
 from var_fast.training import transformer as transformer_module
 from var_fast.training.cli import app
 from var_fast.training.export import export_checkpoint
-from var_fast.training.files import load_state
+from var_fast.training.files import load_state, save_state
 from var_fast.training.loop import Cadence
 from var_fast.training.schedule import Limits
 from var_fast.training.tokenizer import build_tokenizer, load_trained_tokenizer, train_tokenizer
-from var_fast.training.transformer import TransformerSettings, train_transformer, view_batches
+from var_fast.training.transformer import (
+    TransformerSettings,
+    load_trained_transformer,
+    train_transformer,
+    view_batches,
+)
 
 QUIET = Cadence(save_every_s=0, save_every_steps=0, eval_every_s=0, log_every_steps=2)
 
@@ -108,20 +116,15 @@ def test_resumed_transformer_run_is_bitwise_the_uninterrupted_one(
     assert_same(ours, whole)
 
 
-def test_training_lowers_the_loss(tmp_path, emoji_folder, tiny_tokenizer, transformer_settings):
-    """Means of the first and the last ten of 40 steps; the runs are deterministic."""
+def test_training_lowers_the_loss(tokenizer_run, transformer_run):
+    """Means of the first and the last two of 8 steps; the runs are deterministic.
 
-    def losses(out):
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return [line["loss"] for line in lines if line["kind"] == "train"]
-
-    cadence = Cadence(save_every_s=0, save_every_steps=0, eval_every_s=0, log_every_steps=10)
-    train_tokenizer(emoji_folder, tmp_path / "a", Limits(steps=40), tiny_tokenizer, cadence=cadence)
-    first, *_, last = losses(tmp_path / "a")
-    assert last < 0.7 * first
-    train_transformer(emoji_folder, tmp_path / "b", Limits(steps=40), transformer_settings, cadence=cadence)
-    first, *_, last = losses(tmp_path / "b")
-    assert last < 0.9 * first
+    Trained: 0.68 and 0.95 times the first. Without optimizer steps the batches alone make them 1.01 and 1.00 times it.
+    """
+    for run, factor in ((tokenizer_run, 0.8), (transformer_run, 0.97)):
+        lines = [json.loads(line) for line in run.with_name("log.jsonl").read_text().splitlines()]
+        first, *_, last = (line["loss"] for line in lines if line["kind"] == "train")
+        assert last < factor * first
 
 
 def test_codes_are_revived_in_training(tmp_path, emoji_folder, tiny_tokenizer, monkeypatch):
@@ -172,9 +175,84 @@ def test_export_writes_what_load_checkpoint_reads(tmp_path, emoji_folder, tokeni
     assert load_checkpoint(tmp_path) is not None
 
 
-def test_wrong_size_is_refused_before_anything_is_read(tmp_path, tiny_tokenizer):
-    from dataclasses import replace
+def changed_copy(path, to, change):
+    """A copy of a checkpoint after change(state)."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    save_state(to, state)
+    return to
 
+
+def nudge(state):
+    """Trains the tokenizer a little further, as it were."""
+    state["job"]["ema"]["quantize.embedding.weight"][0, 0] += 1e-3
+
+
+def test_transformer_knows_its_tokenizer_by_its_weights(
+    tmp_path, emoji_folder, tokenizer_run, transformer_settings, transformer_run
+):
+    """At another path it is the same; with other weights it is not, in resuming and in exporting."""
+    moved = changed_copy(tokenizer_run, tmp_path / "moved.pt", lambda state: None)
+    other = changed_copy(tokenizer_run, tmp_path / "other.pt", nudge)
+    shutil.copytree(transformer_run.parent, tmp_path / "run")
+
+    def resume(tokenizer):
+        settings = replace(transformer_settings, tokenizer=str(tokenizer))
+        return train_transformer(emoji_folder, tmp_path / "run", Limits(steps=9), settings, cadence=QUIET)
+
+    with pytest.raises(UserError, match="tokenizer: this run was trained on the tokens of other weights"):
+        resume(other)
+    with pytest.raises(UserError, match="tokenizer: .*checkpoint.pt was trained on the tokens of other weights"):
+        export_checkpoint(other, transformer_run, tmp_path / "out", emoji_folder)
+    assert resume(moved).step == 9
+    best = tmp_path / "run" / "best.pt"
+    changed_copy(best, best, lambda state: state.update(tokenizer_hash="0" * 64))
+    vae, _ = load_trained_tokenizer(tokenizer_run)
+    with pytest.raises(UserError, match="best.pt was trained on the tokens of other weights"):
+        load_trained_transformer(tmp_path / "run" / "checkpoint.pt", vae, best=best)
+
+    changed_copy(
+        tmp_path / "run" / "checkpoint.pt",
+        tmp_path / "run" / "checkpoint.pt",
+        lambda state: state["job"].pop("tokenizer_hash"),
+    )
+    load_trained_transformer(tmp_path / "run" / "checkpoint.pt", load_trained_tokenizer(other)[0])  # it does not say
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("settings"),
+        lambda state: state["settings"].update(unheard_of=1),
+        lambda state: state["job"].pop("ema"),
+        lambda state: state["job"]["ema"].popitem(),
+    ],
+)
+def test_checkpoints_with_other_entries_are_user_errors(tmp_path, tokenizer_run, transformer_run, change):
+    path = changed_copy(tokenizer_run, tmp_path / "checkpoint.pt", change)
+    with pytest.raises(UserError, match="checkpoint.pt holds other entries"):
+        load_trained_tokenizer(path)
+    vae, _ = load_trained_tokenizer(tokenizer_run)
+    path = changed_copy(transformer_run, tmp_path / "checkpoint.pt", change)
+    with pytest.raises(UserError, match="checkpoint.pt holds other entries"):
+        load_trained_transformer(path, vae)
+
+
+def test_interrupted_export_leaves_no_older_metrics(
+    tmp_path, monkeypatch, emoji_folder, tokenizer_run, transformer_run
+):
+    (tmp_path / "metrics.json").write_text("older")
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "tokenise", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tokenizer_run, transformer_run, tmp_path, emoji_folder)
+    assert (tmp_path / "config.json").exists() and not (tmp_path / "metrics.json").exists()
+
+
+def test_wrong_size_is_refused_before_anything_is_read(tmp_path, tiny_tokenizer):
     with pytest.raises(UserError, match=r"size: got 20, expected 4 \* 4 = 16"):
         build_tokenizer(replace(tiny_tokenizer, size=20), test_mode=True)
 
@@ -197,6 +275,44 @@ def test_command_line_trains_resumes_and_exports(tmp_path, emoji_folder):
     assert done.exit_code == 0 and (tmp_path / "demo" / "config.json").is_file()
 
 
+BAD_TOKENIZER = [
+    ("steps", "0", "steps: got 0"),
+    ("minutes", "nan", "minutes: got nan"),
+    ("device", "meta", "'meta'"),
+    ("ch", "48", "48 channels, expected a multiple of 32: choose ch"),
+    ("ch", "0", "ch: got 0"),
+    ("ch-mult", "0,1,1", "ch_mult: got (0, 1, 1)"),
+    ("patch-nums", "4,2,8", "patch_nums: got (4, 2, 8), expected growing numbers"),
+    ("patch-nums", "0,8", "patch_nums: got (0, 8)"),
+    ("vocab-size", "0", "vocab_size: got 0"),
+    ("z-channels", "-1", "z_channels: got -1"),
+    ("batch", "0", "batch: got 0"),
+    ("lr", "nan", "lr: got nan"),
+    ("lr", "0", "lr: got 0.0"),
+    ("l1", "-1", "l1: got -1.0"),
+    ("vq", "inf", "vq: got inf"),
+    ("zoom", "1.5", "zoom: got 1.5"),
+    ("ema", "1", "ema: got 1.0"),
+    ("revive-every", "-1", "revive_every: got -1"),
+    ("save-every", "-1", "save_every_s: got -1.0"),
+]
+BAD_TRANSFORMER = [
+    ("num-heads", "0", "num_heads: got 0"),
+    ("depth", "0", "depth: got 0"),
+    ("embed-dim", "0", "embed_dim: got 0"),
+    ("batch", "0", "batch: got 0"),
+    ("lr", "nan", "lr: got nan"),
+    ("schedule", "step", "schedule: got 'step', expected one of cosine, linear"),
+    ("views", "0", "views: got 0"),
+    ("drop-rate", "1", "drop_rate: got 1.0"),
+    ("drop-path", "-0.1", "drop_path_rate: got -0.1"),
+    ("cond-drop", "2", "cond_drop_rate: got 2.0"),
+    ("label-smoothing", "nan", "label_smoothing: got nan"),
+    ("min-per-class", "0", "min_per_class: got 0"),
+    ("skin-variants", "-1", "skin_variants: got -1"),
+]
+
+
 @pytest.mark.parametrize(
     "words, named",
     [
@@ -206,6 +322,11 @@ def test_command_line_trains_resumes_and_exports(tmp_path, emoji_folder):
         (["tokenizer", "--steps", "1", "--device", "abacus"], "abacus"),
         (["transformer", "--tokenizer", "/nowhere/checkpoint.pt", "--steps", "1"], "/nowhere/checkpoint.pt"),
         (["transformer", "--tokenizer", "x", "--steps", "1", "--num-heads", "3"], "embed_dim: got 256"),
+        *((["tokenizer", "--steps", "1", f"--{name}", value], named) for name, value, named in BAD_TOKENIZER),
+        *(
+            (["transformer", "--tokenizer", "x", "--steps", "1", f"--{name}", value], named)
+            for name, value, named in BAD_TRANSFORMER
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, words, named):

@@ -31,6 +31,8 @@ def sample_tokens(
     Every backend computes in float64, so that they answer alike, whatever the type of the logits. They may differ
     only where a cumulative probability meets 1 - top_p or u to within float64 rounding (1e-12).
 
+    It is the operator torch.ops.var_fast.sample_tokens, so torch.compile takes it as one node; it has no gradient.
+
     Args:
         cond_BlV, uncond_BlV: logits with and without the class label, (B, l, V), one floating dtype.
         guidance: strength t of classifier-free guidance at this scale; 0 is no guidance.
@@ -45,7 +47,9 @@ def sample_tokens(
     Raises:
         UserError: an argument of the wrong shape, dtype or range; logits that are not finite.
     """
-    return _sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl, backend)
+    return torch.ops.var_fast.sample_tokens.default(
+        cond_BlV, uncond_BlV, float(guidance), int(top_k), float(top_p), u_Bl, backend
+    )
 
 
 def sample_tokens_reference(
@@ -87,11 +91,28 @@ def _sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl, backend) -> torc
     _check_filter(top_k, top_p)
     if not math.isfinite(guidance):
         raise UserError(f"sample_tokens: guidance is {guidance}, expected a finite number")
+    if not ((u_Bl >= 0) & (u_Bl < 1)).all():
+        raise UserError("u_Bl has values outside [0, 1)")
     run = {"reference": _run_reference, "native": _run_native}[
         choose_backend("sample_tokens", cond_BlV.device, backend)
     ]
     with torch.no_grad():
         return run(cond_BlV, uncond_BlV, float(guidance), int(top_k), float(top_p), u_Bl)
+
+
+def _fake_sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl, backend) -> torch.Tensor:
+    _check_tensors(cond_BlV, uncond_BlV, u_Bl)
+    return cond_BlV.new_empty(cond_BlV.shape[:2], dtype=torch.int64)
+
+
+# Not torch.library.custom_op: its wrapper costs 0.2 ms a call and imports torch._dynamo (seconds) at the first.
+torch.library.define(
+    "var_fast::sample_tokens",
+    "(Tensor cond_BlV, Tensor? uncond_BlV, float guidance, int top_k, float top_p, Tensor u_Bl, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("var_fast::sample_tokens", "CompositeExplicitAutograd", _sample)
+torch.library.register_fake("var_fast::sample_tokens", _fake_sample)
 
 
 def _run_reference(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl) -> torch.Tensor:
@@ -162,5 +183,3 @@ def _check_tensors(cond_BlV: torch.Tensor, uncond_BlV: torch.Tensor | None, u_Bl
         raise UserError(
             f"u_Bl is {tuple(u_Bl.shape)} {u_Bl.dtype}, expected {tuple(cond_BlV.shape[:2])} float32 or float64"
         )
-    if not ((u_Bl >= 0) & (u_Bl < 1)).all():
-        raise UserError("u_Bl has values outside [0, 1)")

@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from var_fast.cli_models import pick_device
 from var_fast.errors import UserError
 from var_fast.training.loop import Cadence
 from var_fast.training.schedule import Limits
@@ -30,7 +31,7 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoint and log; an unfin
 Minutes = Annotated[float | None, typer.Option(help="Length of the run by the clock, resumed parts together.")]
 Steps = Annotated[int | None, typer.Option(help="Length of the run in steps.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, and overwrite the run in --out.")]
 SaveS = Annotated[float, typer.Option(help="Seconds between checkpoints.")]
 EvalS = Annotated[float, typer.Option(help="Seconds between evaluations on held-out pictures; 0: at the end only.")]
@@ -43,7 +44,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(" ".join(f"error: {error}".split()), file=sys.stderr)
         raise typer.Exit(2) from None
 
 
@@ -54,15 +55,13 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{name}: got {text!r}, expected numbers with commas between them, like 1,2,4") from None
 
 
-def _prepare(threads: int | None, device: str) -> None:
+def _prepare(threads: int | None, device: str) -> str:
+    """Sets the number of threads; the device by its name. Raises UserError."""
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads: got {threads}, expected 1 or more")
         torch.set_num_threads(threads)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: cannot use {device!r}: {str(error).splitlines()[0]}") from None
+    return str(pick_device(device))
 
 
 @app.command()
@@ -101,7 +100,7 @@ def tokenizer(
 ) -> None:
     """Train the tokenizer. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
     with _one_line_errors():
-        _prepare(threads, device)
+        device = _prepare(threads, device)
         settings = TokenizerSettings(
             size=size,
             vocab_size=vocab_size,
@@ -164,7 +163,7 @@ def transformer(
 ) -> None:
     """Train the transformer on a trained tokenizer. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
     with _one_line_errors():
-        _prepare(threads, device)
+        device = _prepare(threads, device)
         settings = TransformerSettings(
             depth=depth,
             embed_dim=embed_dim,

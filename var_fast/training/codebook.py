@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from var_fast.models import VQVAE
+from var_fast.ops import multiscale_quantize
 
 
 def code_rows_used(codebook_grad_VC: torch.Tensor) -> torch.Tensor:
@@ -19,23 +20,25 @@ def code_rows_used(codebook_grad_VC: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def residual_vectors(vae: VQVAE, img_B3HW: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per scale: the vectors the quantizer looks codes up for, (N, Cvae), and their squared distances to them, (N,)."""
+    """Per scale: the vectors the quantizer looks codes up for, (N, Cvae), and their squared distances to these codes,
+    (N,), taken at unit length with `using_znorm`, as the quantizer compares them.
+    """
     quantize = vae.quantize
     codebook_VC = quantize.embedding.weight
-    rest_BChw = vae.quant_conv(vae.encoder(img_B3HW)).float()
-    B, C, h, w = rest_BChw.shape
-    scales = len(quantize.v_patch_nums)
+    searched: list[torch.Tensor] = []
+    idx_Bl_per_scale, _ = multiscale_quantize(
+        vae.encode(img_B3HW).float(),
+        codebook_VC,
+        quantize.quant_resi.__getitem__,
+        quantize.v_patch_nums,
+        quantize.using_znorm,
+        on_residual=searched.append,
+    )
     found = []
-    for k, pn in enumerate(quantize.v_patch_nums):
-        last = k == scales - 1
-        z_BCpp = rest_BChw if last else F.interpolate(rest_BChw, size=(pn, pn), mode="area")
-        z_NC = z_BCpp.permute(0, 2, 3, 1).reshape(-1, C)
-        d_NV = torch.addmm(codebook_VC.square().sum(1), z_NC, codebook_VC.T, alpha=-2.0)
-        nearest_N, idx_N = d_NV.min(1)
-        found.append((z_NC, (nearest_N + z_NC.square().sum(1)).clamp_(min=0.0)))
-        h_BCpp = codebook_VC[idx_N].view(B, pn, pn, C).permute(0, 3, 1, 2)
-        h_BChw = h_BCpp if last else F.interpolate(h_BCpp, size=(h, w), mode="bicubic")
-        rest_BChw = rest_BChw - quantize.quant_resi[k / max(1, scales - 1)](h_BChw.contiguous())
+    for z_NC, idx_Bl in zip(searched, idx_Bl_per_scale, strict=True):
+        code_NC = codebook_VC[idx_Bl.flatten()]
+        pair = (F.normalize(z_NC, dim=-1), F.normalize(code_NC, dim=-1)) if quantize.using_znorm else (z_NC, code_NC)
+        found.append((z_NC, (pair[0] - pair[1]).square().sum(1)))
     return found
 
 

@@ -61,15 +61,18 @@ def _entries(root: Path, skin_variants: int) -> list[tuple[str, str, Path]]:
         raise UserError(f"data: cannot read {index}: {error}") from None
     pictures = root / "img" / "google" / "64"
     found = []
-    for record in records:
-        if record["category"] == "Component" or not record.get("has_img_google"):
-            continue
-        variants = [v for v in record.get("skin_variations", {}).values() if v.get("has_img_google")]
-        variants.sort(key=lambda v: unit_hash("skin " + v["unified"]))
-        for item in [record, *variants[:skin_variants]]:
-            path = pictures / item["image"]
-            if path.is_file():
-                found.append((item["unified"], record["subcategory"], path))
+    try:
+        for record in records:
+            if record["category"] == "Component" or not record.get("has_img_google"):
+                continue
+            variants = [v for v in record.get("skin_variations", {}).values() if v.get("has_img_google")]
+            variants.sort(key=lambda v: unit_hash("skin " + v["unified"]))
+            for item in [record, *variants[:skin_variants]]:
+                path = pictures / item["image"]
+                if path.is_file():
+                    found.append((item["unified"], record["subcategory"], path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data: {index} is no list of emoji: {type(error).__name__}: {error}") from None
     if not found:
         raise UserError(f"data: no pictures in {pictures}; run scripts/fetch_emoji.py --out {root} first")
     return sorted(found)

@@ -31,7 +31,9 @@ def export_checkpoint(
 
     tokenizer, transformer: checkpoint.pt of the two runs; their averaged weights are taken. best: the transformer
     as it was at its lowest held-out loss. The numbers, which are returned too, are those of the written bfloat16
-    weights computed with in float32. Raises UserError for unreadable checkpoints, missing data, unwritable `out`.
+    weights computed with in float32. metrics.json is written last, and an older one removed first, so that it never
+    tells of other weights than those beside it. Raises UserError for unreadable checkpoints, a transformer of another
+    tokenizer, missing data, unwritable `out`.
     """
     console = console or Console()
     out, transformer = Path(out), Path(transformer)
@@ -41,6 +43,7 @@ def export_checkpoint(
     pictures, source_u8 = load_pictures(data, settings, tokenizer_settings.size)
     if pictures.classes != classes:
         raise UserError(f"data: {data} has other classes than the transformer was trained with")
+    _remove_metrics(out / "metrics.json")
     save_checkpoint(out, vae, var, classes=classes, dtype=torch.bfloat16)
     vae, var, _, _ = load_checkpoint(out)
 
@@ -78,6 +81,13 @@ def export_checkpoint(
     write_json(out / "metrics.json", metrics)
     _show(metrics, console)
     return metrics
+
+
+def _remove_metrics(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot replace {path}: {error.strerror}") from None
 
 
 def _show(metrics: dict[str, Any], console: Console) -> None:

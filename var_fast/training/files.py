@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from var_fast.checkpoint_files import first_line
 from var_fast.errors import UserError
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
-    If `write` raises, the temporary file is removed and `path` is as it was.
+    If `write` raises, the temporary file is removed and `path` is as it was. Raises UserError for an OSError: a full
+    or read-only disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(part)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"cannot write {path}: {reason}; what was saved before is intact") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -37,7 +46,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """torch.save, atomically."""
-    write_atomic(path, lambda part: torch.save(state, part))
+
+    def write(part: Path) -> None:
+        with open(part, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's complaint hides the file's own
+                cause = error.__context__
+                raise cause if isinstance(cause, OSError) else OSError(first_line(error)) from None
+
+    write_atomic(path, write)
 
 
 def load_state(path: str | Path, kind: str) -> dict[str, Any]:
@@ -50,8 +68,29 @@ def load_state(path: str | Path, kind: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"checkpoint: {path} does not exist") from None
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise UserError(f"checkpoint: cannot read {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"checkpoint: cannot read {path}: {first_line(error)}") from None
     found = state.get("kind") if isinstance(state, dict) else None
     if found != kind:
         raise UserError(f"checkpoint: {path} is of kind {found!r}, expected {kind!r}")
     return state
+
+
+@contextmanager
+def contents_of(path: str | Path) -> Iterator[None]:
+    """For the use of what load_state read: entries missing or of another shape are a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"checkpoint: {path} holds other entries than this version expects ({what})") from error
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of a state dict: names, types, shapes and values, wherever and in whatever layout they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from var_fast.errors import UserError
-from var_fast.training.files import load_state, save_state
+from var_fast.training.files import contents_of, load_state, save_state
 from var_fast.training.schedule import Limits
 
 
@@ -29,7 +29,7 @@ class Job(Protocol):
     """What the loop trains."""
 
     kind: str  # "tokenizer" or "transformer"
-    settings: Any  # a dataclass; a resumed run must have the same
+    settings: Any  # a dataclass; a resumed run must have the same, but for fields with compare=False
     images_per_step: int
 
     def step(self, step: int, progress: float) -> dict[str, torch.Tensor]: ...  # has "loss"
@@ -46,6 +46,13 @@ class Cadence:
     save_every_steps: int = 1000
     eval_every_s: float = 300.0
     log_every_steps: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("save_every_s", "save_every_steps", "eval_every_s"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        if not self.log_every_steps >= 1:
+            raise UserError(f"log_every_steps: got {self.log_every_steps}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -100,15 +107,17 @@ def stop_signals() -> Iterator[list[int]]:
 def _resume(job: Job, path: Path) -> tuple[int, float, dict[str, Any]]:
     """Load `path` into the job; returns (step, elapsed seconds, last metrics)."""
     state = load_state(path, job.kind)
-    ours, theirs = asdict(job.settings), state["settings"]
-    for name in ours:
-        if _plain(ours[name]) != _plain(theirs.get(name)):
-            raise UserError(
-                f"{name}: got {ours[name]!r}, but {path} was trained with {theirs.get(name)!r}; "
-                "use that value, another output folder, or --restart"
-            )
-    job.load_state_dict(state["job"])
-    return state["step"], state["elapsed_s"], state["metrics"]
+    with contents_of(path):
+        theirs = state["settings"]
+        for name in (field.name for field in fields(job.settings) if field.compare):
+            ours = getattr(job.settings, name)
+            if _plain(ours) != _plain(theirs.get(name)):
+                raise UserError(
+                    f"{name}: got {ours!r}, but {path} was trained with {theirs.get(name)!r}; "
+                    "use that value, another output folder, or --restart"
+                )
+        job.load_state_dict(state["job"])
+        return state["step"], state["elapsed_s"], state["metrics"]
 
 
 def _plain(value: Any) -> Any:
@@ -127,14 +136,16 @@ def run_loop(
     """Train `job` until a limit or a signal, in folder `out` (checkpoint.pt, log.jsonl).
 
     Continues from out/checkpoint.pt if there is one, unless `restart`. Raises UserError if the loss stops being
-    finite (nothing is saved then), or if the checkpoint there was made with other settings.
+    finite (nothing is saved then), if the checkpoint there was made with other settings, or if a file cannot be
+    written.
     """
     cadence = cadence or Cadence()
     console = console or Console()
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "w" if restart else "a", encoding="utf-8")
+        # Unbuffered: nothing is left to write, and to fail, when it is closed.
+        log = open(out / "log.jsonl", "wb" if restart else "ab", buffering=0)
     except OSError as error:
         raise UserError(f"out: cannot write in {out}: {error.strerror}") from None
     path = out / "checkpoint.pt"
@@ -153,8 +164,13 @@ def run_loop(
         return before_s + time.monotonic() - started
 
     def record(kind: str, values: dict[str, Any]) -> None:
-        log.write(json.dumps({"kind": kind, "step": step, "elapsed_s": round(elapsed(), 1), **values}) + "\n")
-        log.flush()
+        line = json.dumps({"kind": kind, "step": step, "elapsed_s": round(elapsed(), 1), **values}) + "\n"
+        try:
+            log.write(line.encode())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {log.name}: {error.strerror}; what was saved in {path} before is intact"
+            ) from error
 
     def flush_window(now: float) -> dict[str, float]:
         """Mean of the steps since the last call, logged; raises if the loss is no number any more."""

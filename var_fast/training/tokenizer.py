@@ -13,10 +13,11 @@ from torch import nn
 from var_fast.errors import UserError
 from var_fast.models import VQVAE
 from var_fast.training.augment import random_flip, shift_zoom
+from var_fast.training.checks import check_settings, user_errors
 from var_fast.training.codebook import code_rows_used, revive_codes
 from var_fast.training.ema import Ema
 from var_fast.training.emoji import EmojiSet, load_emoji, to_float
-from var_fast.training.files import load_state
+from var_fast.training.files import contents_of, load_state
 from var_fast.training.loop import Cadence, Outcome, batch_indices, run_loop, step_seed
 from var_fast.training.metrics import tokenizer_metrics
 from var_fast.training.schedule import Limits, lr_factor
@@ -54,7 +55,8 @@ class TokenizerSettings:
 
 
 def build_tokenizer(settings: TokenizerSettings, *, test_mode: bool) -> VQVAE:
-    """The VQVAE that `settings` describe."""
+    """The VQVAE that `settings` describe. Raises UserError for settings that describe none."""
+    check_settings(settings)
     down = 2 ** (len(settings.ch_mult) - 1)
     side = settings.patch_nums[-1]
     if settings.size != down * side:
@@ -62,15 +64,16 @@ def build_tokenizer(settings: TokenizerSettings, *, test_mode: bool) -> VQVAE:
             f"size: got {settings.size}, expected {down} * {side} = {down * side} "
             f"(down-sampling of ch_mult {settings.ch_mult} times the last of patch_nums)"
         )
-    return VQVAE(
-        vocab_size=settings.vocab_size,
-        z_channels=settings.z_channels,
-        ch=settings.ch,
-        beta=settings.beta,
-        v_patch_nums=settings.patch_nums,
-        test_mode=test_mode,
-        ch_mult=settings.ch_mult,
-    )
+    with user_errors("the tokenizer"):
+        return VQVAE(
+            vocab_size=settings.vocab_size,
+            z_channels=settings.z_channels,
+            ch=settings.ch,
+            beta=settings.beta,
+            v_patch_nums=settings.patch_nums,
+            test_mode=test_mode,
+            ch_mult=settings.ch_mult,
+        )
 
 
 def weight_groups(model: nn.Module, weight_decay: float, bare: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -229,9 +232,14 @@ def train_tokenizer(
 
 
 def load_trained_tokenizer(path: str | Path, device: str = "cpu") -> tuple[VQVAE, TokenizerSettings]:
-    """The averaged tokenizer of a training checkpoint, frozen and in eval mode, and its settings."""
+    """The averaged tokenizer of a training checkpoint, frozen and in eval mode, and its settings.
+
+    Raises UserError if the file is none or holds other entries.
+    """
     state = load_state(path, "tokenizer")
-    settings = TokenizerSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["settings"].items()})
-    vae = build_tokenizer(settings, test_mode=True)
-    vae.load_state_dict(state["job"]["ema"])
+    with contents_of(path):
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in state["settings"].items()}
+        settings = TokenizerSettings(**plain)
+        vae = build_tokenizer(settings, test_mode=True)
+        vae.load_state_dict(state["job"]["ema"])
     return vae.eval().requires_grad_(False).to(device), settings

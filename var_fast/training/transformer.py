@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 from var_fast.errors import UserError
 from var_fast.models import VAR, VQVAE
 from var_fast.training.augment import shift_zoom
+from var_fast.training.checks import check_settings, user_errors
 from var_fast.training.ema import Ema
 from var_fast.training.emoji import EmojiSet, load_emoji, to_float
-from var_fast.training.files import load_state, save_state
+from var_fast.training.files import contents_of, load_state, save_state, weights_hash
 from var_fast.training.loop import Cadence, Outcome, batch_indices, run_loop, step_seed
 from var_fast.training.metrics import split_scales, tokenise, transformer_metrics, unigram_baseline
 from var_fast.training.schedule import Limits, lr_factor
@@ -54,26 +55,28 @@ class TransformerSettings:
     flip: bool = True
     skin_variants: int = 2
     min_per_class: int = 8
-    tokenizer: str = ""  # the tokenizer's checkpoint
+    tokenizer: str = field(default="", compare=False)  # where its checkpoint is; which it is, a hash of it tells
     seed: int = 0
 
 
 def build_transformer(settings: TransformerSettings, vae: VQVAE, num_classes: int) -> VAR:
-    """The VAR that `settings` describe, on `vae`."""
-    return VAR(
-        vae_local=vae,
-        num_classes=num_classes,
-        depth=settings.depth,
-        embed_dim=settings.embed_dim,
-        num_heads=settings.num_heads,
-        mlp_ratio=settings.mlp_ratio,
-        drop_rate=settings.drop_rate,
-        drop_path_rate=settings.drop_path_rate,
-        shared_aln=settings.shared_aln,
-        cond_drop_rate=settings.cond_drop_rate,
-        attn_l2_norm=settings.attn_l2_norm,
-        patch_nums=tuple(vae.quantize.v_patch_nums),
-    )
+    """The VAR that `settings` describe, on `vae`. Raises UserError for settings that describe none."""
+    check_settings(settings)
+    with user_errors("the transformer"):
+        return VAR(
+            vae_local=vae,
+            num_classes=num_classes,
+            depth=settings.depth,
+            embed_dim=settings.embed_dim,
+            num_heads=settings.num_heads,
+            mlp_ratio=settings.mlp_ratio,
+            drop_rate=settings.drop_rate,
+            drop_path_rate=settings.drop_path_rate,
+            shared_aln=settings.shared_aln,
+            cond_drop_rate=settings.cond_drop_rate,
+            attn_l2_norm=settings.attn_l2_norm,
+            patch_nums=tuple(vae.quantize.v_patch_nums),
+        )
 
 
 def view_batches(
@@ -113,6 +116,7 @@ class TransformerJob:
         self.images_per_step = settings.batch
         self.vae, self.classes, self.device, self.best_path = vae, data.classes, device, best_path
         self.patch_nums = tuple(vae.quantize.v_patch_nums)
+        self.tokenizer_hash = weights_hash(vae)
         train = ~data.held_out
         images, source = data.images_u8[train], source_u8[train]
         self.tokens_NL = torch.cat(
@@ -169,7 +173,9 @@ class TransformerJob:
         if loss < self.best_loss:
             self.best_loss = loss
             if self.best_path is not None:
-                save_state(self.best_path, {"kind": "best transformer", "weights": self.ema.average.state_dict()})
+                weights = self.ema.average.state_dict()
+                state = {"kind": "best transformer", "weights": weights, "tokenizer_hash": self.tokenizer_hash}
+                save_state(self.best_path, state)
         return {
             "held_out_loss": loss,
             "held_out_unigram_loss": self._mean(self.unigram["loss"]),
@@ -192,15 +198,27 @@ class TransformerJob:
             "optimizer": self.optimizer.state_dict(),
             "classes": self.classes,
             "best_loss": self.best_loss,
+            "tokenizer_hash": self.tokenizer_hash,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["classes"] != self.classes:
             raise UserError("data: its classes are not those the checkpoint was trained with; use the same data folder")
+        _require_tokenizer(state, self.tokenizer_hash, "this run")
         self.var.load_state_dict(state["model"])
         self.ema.average.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best_loss = state["best_loss"]
+
+
+def _require_tokenizer(state: dict[str, Any], tokenizer_hash: str, what: str) -> None:
+    """Raises UserError if `state` was made on another tokenizer; older checkpoints do not say, and are taken."""
+    theirs = state.get("tokenizer_hash", tokenizer_hash)
+    if theirs != tokenizer_hash:
+        raise UserError(
+            f"tokenizer: {what} was trained on the tokens of other weights (hash {theirs[:12]}) than this "
+            f"tokenizer's ({tokenizer_hash[:12]}); use the tokenizer as it was, or train anew"
+        )
 
 
 def load_pictures(data: str | Path, settings: TransformerSettings, size: int) -> tuple[EmojiSet, torch.Tensor]:
@@ -227,11 +245,7 @@ def train_transformer(
     Leaves out/checkpoint.pt, out/best.pt (averaged weights at the lowest held-out loss) and out/log.jsonl.
     Raises UserError on bad settings, missing data, or a loss that is no number any more.
     """
-    if settings.embed_dim % settings.num_heads:
-        raise UserError(f"embed_dim: got {settings.embed_dim}, expected a multiple of num_heads = {settings.num_heads}")
-    if settings.views < 1:
-        raise UserError(f"views: got {settings.views}, expected 1 or more")
-    lr_factor(0, 0.0, warmup_steps=1, shape=settings.schedule)  # an unknown schedule fails before the long part
+    check_settings(settings)  # bad settings fail before the long part
     console = console or Console()
     vae, tokenizer_settings = load_trained_tokenizer(settings.tokenizer, device)
     pictures, source_u8 = load_pictures(data, settings, tokenizer_settings.size)
@@ -258,12 +272,19 @@ def load_trained_transformer(
 ) -> tuple[VAR, list[str], TransformerSettings]:
     """The averaged transformer of a training checkpoint, frozen, in eval mode; its class names and settings.
 
-    best: take the weights from this file (out/best.pt) instead of the last ones.
+    best: take the weights from this file (out/best.pt) instead of the last ones. Raises UserError if a file is none,
+    holds other entries, or was made on another tokenizer than `vae`.
     """
-    state = load_state(path, "transformer")
-    settings = TransformerSettings(**state["settings"])
-    classes = state["job"]["classes"]
-    var = build_transformer(settings, vae, len(classes))
-    weights = load_state(best, "best transformer")["weights"] if best else state["job"]["ema"]
-    var.load_state_dict(weights)
+    state, tokenizer_hash = load_state(path, "transformer"), weights_hash(vae)
+    with contents_of(path):
+        settings = TransformerSettings(**state["settings"])
+        classes, weights = state["job"]["classes"], state["job"]["ema"]
+        _require_tokenizer(state["job"], tokenizer_hash, str(path))
+        var = build_transformer(settings, vae, len(classes))
+    with contents_of(best or path):
+        if best:
+            state = load_state(best, "best transformer")
+            weights = state["weights"]
+            _require_tokenizer(state, tokenizer_hash, str(best))
+        var.load_state_dict(weights)
     return var.eval().requires_grad_(False), classes, settings
