@@ -61,8 +61,9 @@ def multiscale_quantize(
 
     Shapes: f (B, C, h, w); codebook (V, C); patch_nums: sides (or (height, width) pairs) of the scales, the last
     equal to (h, w); phi(position in [0, 1]) -> layer on (B, C, h, w). Result: list of (B, l) int64, and f_hat (B, C,
-    h, w). `on_scale` sees the f_hat of every scale, `on_residual` the vectors (B * l, C) that it looks codes up for. Gradients as the caller's grad mode says, never through the
-    indices. Raises ValueError where the last scale is not (h, w), BackendUnavailable where a named backend cannot run.
+    h, w). `on_scale` sees the f_hat of every scale, `on_residual` the vectors (B * l, C) that it looks codes up for.
+    Gradients as the caller's grad mode says, never through the indices.
+    Raises ValueError where the last scale is not (h, w), BackendUnavailable where a named backend cannot run.
     """
     last = patch_nums[-1] if not isinstance(patch_nums[-1], int) else (patch_nums[-1],) * 2
     if tuple(f_BChw.shape[-2:]) != tuple(last):
