@@ -10,6 +10,7 @@ import torch
 from var_fast.engine.philox import uniforms
 from var_fast.errors import UserError
 from var_fast.models import VAR
+from var_fast.models.published_draws import smoothing
 from var_fast.models.var import check_finite, check_sampling_options
 from var_fast.ops import filter_logits_, sample_tokens
 
@@ -110,7 +111,6 @@ class Sampler:
 
     def _scales(self, label_B, seed_B, cfg, top_k, top_p, more_smooth) -> Iterator[torch.Tensor]:
         embedding_VC = self.var.vae_quant_proxy[0].embedding.weight
-        last = max(self.var.num_stages_minus_1, 1)
 
         def draw(si, cond_BlV, uncond_BlV, t):
             check_finite(cond_BlV if uncond_BlV is None else cond_BlV + uncond_BlV, si)
@@ -118,10 +118,9 @@ class Sampler:
             idx_Bl = sample_tokens(cond_BlV, uncond_BlV, t, top_k, top_p, u_Bl)
             if not more_smooth:
                 return idx_Bl, None
-            ratio = si / last
-            tau = max(0.27 * (1 - ratio * 0.95), 0.005)
+            sharpness, tau = smoothing(si, len(self.var.patch_nums))
             logits_BlV = cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV
-            logits_BlV = filter_logits_(logits_BlV.clone(), top_k, top_p) * (1 + ratio)
+            logits_BlV = filter_logits_(logits_BlV.clone(), top_k, top_p) * sharpness
             u_BlV = uniforms(seed_B, GUMBEL_STREAM, si, *logits_BlV.shape[1:])
             gumbel_BlV = -torch.log(-torch.log(u_BlV.clamp_min(2**-25)))
             weights_BlV = ((logits_BlV + gumbel_BlV) / tau).softmax(dim=-1)

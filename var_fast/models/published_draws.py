@@ -7,6 +7,12 @@ import torch
 from var_fast.ops import filter_logits_
 
 
+def smoothing(si: int, num_scales: int) -> tuple[float, float]:
+    """(sharpness, temperature) of `more_smooth` at scale `si`: logits times the first, Gumbel softmax at the second."""
+    ratio = si / max(num_scales - 1, 1)
+    return 1 + ratio, max(0.27 * (1 - ratio * 0.95), 0.005)
+
+
 def sample_with_top_k_top_p_(
     logits_BlV: torch.Tensor,
     top_k: int = 0,

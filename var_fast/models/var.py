@@ -14,7 +14,7 @@ from var_fast.errors import UserError
 from var_fast.hub import TransformerHubMixin
 from var_fast.models.block import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
 from var_fast.models.kv_cache import KVCache
-from var_fast.models.published_draws import gumbel_softmax_with_rng, sample_with_top_k_top_p_
+from var_fast.models.published_draws import gumbel_softmax_with_rng, sample_with_top_k_top_p_, smoothing
 from var_fast.models.vqvae import VQVAE
 from var_fast.ops import scale_cross_entropy
 
@@ -243,9 +243,8 @@ class VAR(TransformerHubMixin, nn.Module):
             idx_Bl = sample_with_top_k_top_p_(logits_BlV, top_k, top_p, rng)[..., 0]
             if not more_smooth:
                 return idx_Bl, None
-            ratio = si / max(self.num_stages_minus_1, 1)
-            tau = max(0.27 * (1 - ratio * 0.95), 0.005)
-            return idx_Bl, gumbel_softmax_with_rng(logits_BlV * (1 + ratio), tau, rng=rng) @ embedding_VC
+            sharpness, tau = smoothing(si, len(self.patch_nums))
+            return idx_Bl, gumbel_softmax_with_rng(logits_BlV * sharpness, tau, rng=rng) @ embedding_VC
 
         *_, f_hat_BChw = self.sample_scales(label_B, cfg, draw)
         return self.vae_proxy[0].fhat_to_img(f_hat_BChw).add_(1).mul_(0.5)

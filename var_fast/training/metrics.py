@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 
 from var_fast.models import VAR, VQVAE
 from var_fast.training.emoji import to_float
@@ -69,19 +68,16 @@ def transformer_metrics(
     """Per scale, teacher-forced loss (nats) and accuracy (percent) of `var` (in eval mode) on the given tokens."""
     device = next(var.parameters()).device
     patch_nums = tuple(vae.quantize.v_patch_nums)
-    sizes = [pn * pn for pn in patch_nums]
-    loss_k, right_k = torch.zeros(len(sizes)), torch.zeros(len(sizes))
+    loss_k, accuracy_k = torch.zeros(len(patch_nums)), torch.zeros(len(patch_nums))
     keep, var.cond_drop_rate = var.cond_drop_rate, 0.0  # the label is always given here
     try:
         for tokens_BL, label_B in zip(tokens_NL.split(batch), labels_N.split(batch), strict=True):
             tokens_BL, label_B = tokens_BL.long().to(device), label_B.to(device)
             x_BLC = vae.quantize.idxBl_to_var_input(split_scales(tokens_BL, patch_nums))
-            logits_BLV = var(label_B, x_BLC).float()
-            ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
-            right_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
-            loss_k += torch.stack([c.sum() for c in ce_BL.split(sizes, 1)]).cpu()
-            right_k += torch.stack([c.sum() for c in right_BL.split(sizes, 1)]).cpu()
+            _, batch_loss_k, batch_accuracy_k = var.loss(label_B, x_BLC, tokens_BL)
+            loss_k += len(label_B) * batch_loss_k.cpu()
+            accuracy_k += len(label_B) * batch_accuracy_k.cpu()
     finally:
         var.cond_drop_rate = keep
-    tokens_k = torch.tensor(sizes) * tokens_NL.shape[0]
-    return {"loss": (loss_k / tokens_k).tolist(), "accuracy_percent": (100.0 * right_k / tokens_k).tolist()}
+    images = tokens_NL.shape[0]
+    return {"loss": (loss_k / images).tolist(), "accuracy_percent": (100.0 * accuracy_k / images).tolist()}

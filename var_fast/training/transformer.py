@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
@@ -41,7 +40,7 @@ class TransformerSettings:
     cond_drop_rate: float = 0.1
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
-    batch: int = 32
+    batch: int = 16
     lr: float = 1e-3
     final_lr: float = 0.02  # of lr
     warmup_steps: int = 200
@@ -151,17 +150,16 @@ class TransformerJob:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        logits_BLV = self.var(self.labels_N[rows].to(self.device), x_BLC)
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), tokens_BL.flatten(), label_smoothing=s.label_smoothing)
+        label_B = self.labels_N[rows].to(self.device)
+        loss, _, accuracy_k = self.var.loss(label_B, x_BLC, tokens_BL, label_smoothing=s.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.var.parameters(), s.clip)
         self.optimizer.step()
         self.ema.update(step)
-        right = (logits_BLV.detach().argmax(-1) == tokens_BL).float().mean()
         return {
             "loss": loss.detach(),
-            "accuracy_percent": 100.0 * right,
+            "accuracy_percent": 100.0 * self._mean(accuracy_k),
             "grad_norm": norm.detach(),
             "lr": torch.tensor(lr),
         }
@@ -186,7 +184,7 @@ class TransformerJob:
             "unigram_per_scale": self.unigram,
         }
 
-    def _mean(self, per_scale: list[float]) -> float:
+    def _mean(self, per_scale: list[float] | torch.Tensor) -> float | torch.Tensor:
         """Over tokens, so that a scale counts by its area."""
         areas = [pn * pn for pn in self.patch_nums]
         return sum(a * v for a, v in zip(areas, per_scale, strict=True)) / sum(areas)
