@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 # one stamp per environment, so that two environments can share a checkout
 STAMP := .stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-DEMO_OPTIONS := --model demo --seeds 0-15 --cfg 3 --top-k 300 --top-p 0.9
+DEMO_LABELS := face-smiling,cat-face,heart,country-flag,time,person-resting,zodiac,food-vegetable
+DEMO_OPTIONS := --model demo --labels $(DEMO_LABELS) --seeds 0-15 --cfg 3 --top-k 100 --top-p 0.7
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint gpu-check clean
