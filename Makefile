@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # one stamp per environment, so that two environments can share a checkout
 STAMP := .stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-DEMO_LABELS := face-smiling,cat-face,heart,country-flag,time,person-resting,zodiac,food-vegetable
+DEMO_LABELS := face-smiling,cat-face,heart,country-flag,time,person,keycap,food-fruit
 DEMO_OPTIONS := --model demo --labels $(DEMO_LABELS) --seeds 0-15 --cfg 3 --top-k 100 --top-p 0.7
 
 .DEFAULT_GOAL := help
