@@ -122,5 +122,5 @@ def test_make_uses_the_active_environment(active, used, tmp_path):
         ["make", "-n", "demo"], cwd=tmp_path, env=base | active, capture_output=True, text=True, timeout=60
     )
     assert run.returncode == 0, run.stderr
-    assert f"{used or tmp_path / '.venv'}/bin/var-fast sample --model demo --seeds 0-15 --cfg 3 " in run.stdout
+    assert f"{used or tmp_path / '.venv'}/bin/var-fast sample --model demo --labels " in run.stdout
     assert ("-m venv" in run.stdout) == (not active)

@@ -73,12 +73,3 @@ def tiny_tokenizer() -> TokenizerSettings:
         ema=0.9,
         seed=3,
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bitwise equality of two runs must not hang on how work is split between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
