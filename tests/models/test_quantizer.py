@@ -65,7 +65,7 @@ def test_forward_agrees_with_tokens(using_znorm):
     assert usages is None
     f_hats = q.f_to_idxBl_or_fhat(f, to_fhat=True)
     torch.testing.assert_close(f_hat, f_hats[-1], atol=1e-5, rtol=1e-5)
-    maps = [q._tokens_to_map(i, pn) for i, pn in zip(q.f_to_idxBl_or_fhat(f, to_fhat=False), PATCH_NUMS)]
+    maps = [q.tokens_to_map(i, pn) for i, pn in zip(q.f_to_idxBl_or_fhat(f, to_fhat=False), PATCH_NUMS)]
     torch.testing.assert_close(q.embed_to_fhat(maps, last_one=True), f_hats[-1])
     expected = sum((1 + q.beta) * (s - f).square().mean() for s in f_hats) / len(PATCH_NUMS)
     torch.testing.assert_close(vq_loss, expected)
@@ -131,7 +131,7 @@ def test_teacher_forcing_input_is_what_sampling_is_given():
     f_hat, maps = torch.zeros(2, 8, 4, 4), []
     with torch.no_grad():
         for si, (idx_Bl, pn) in enumerate(zip(tokens, PATCH_NUMS)):
-            f_hat, next_map = q.get_next_autoregressive_input(si, 3, f_hat, q._tokens_to_map(idx_Bl, pn))
+            f_hat, next_map = q.get_next_autoregressive_input(si, 3, f_hat, q.tokens_to_map(idx_Bl, pn))
             maps.append(next_map.flatten(2).transpose(1, 2))
     torch.testing.assert_close(q.idxBl_to_var_input(tokens), torch.cat(maps[:-1], dim=1))
 

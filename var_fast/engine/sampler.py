@@ -101,7 +101,7 @@ class Sampler:
         seed_B = torch.as_tensor(seeds, dtype=torch.int64).flatten()
         if len(label_B) != len(seed_B) or len(label_B) == 0:
             raise UserError(f"{len(label_B)} labels and {len(seed_B)} seeds, expected as many of each and at least one")
-        label_B = self.var._labels(len(label_B), label_B, None)
+        label_B = self.var.resolve_labels(len(label_B), label_B, None)
         return list(zip(label_B.split(self.max_batch), seed_B.to(self.device).split(self.max_batch), strict=True))
 
     def _autocast(self):

@@ -163,7 +163,8 @@ class VectorQuantizer2(nn.Module):
             maps_BlC.append(next_BCpp.flatten(2).transpose(1, 2))
         return torch.cat(maps_BlC, dim=1) if maps_BlC else None
 
-    def _tokens_to_map(self, idx_Bl: torch.Tensor, pn: int) -> torch.Tensor:
+    def tokens_to_map(self, idx_Bl: torch.Tensor, pn: int) -> torch.Tensor:
+        """The codes (B, Cvae, pn, pn) of tokens (B, pn * pn)."""
         return self.embedding(idx_Bl).transpose(1, 2).reshape(idx_Bl.shape[0], self.Cvae, pn, pn)
 
     def add_tokens(self, si: int, idx_Bl: torch.Tensor, f_hat_BChw: torch.Tensor) -> torch.Tensor:

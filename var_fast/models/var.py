@@ -234,7 +234,7 @@ class VAR(TransformerHubMixin, nn.Module):
         """
         check_sampling_options(cfg, top_k, top_p)
         rng = None if g_seed is None else self.rng.manual_seed(g_seed)
-        label_B = self._labels(B, label_B, rng)
+        label_B = self.resolve_labels(B, label_B, rng)
         embedding_VC = self.vae_quant_proxy[0].embedding.weight
 
         def draw(si, cond_BlV, uncond_BlV, t):
@@ -249,7 +249,8 @@ class VAR(TransformerHubMixin, nn.Module):
         *_, f_hat_BChw = self.sample_scales(label_B, cfg, draw)
         return self.vae_proxy[0].fhat_to_img(f_hat_BChw).add_(1).mul_(0.5)
 
-    def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
+    def resolve_labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
+        """(B,) int64 on the model's device, from any form that `autoregressive_infer_cfg` takes, or a UserError."""
         device = self.lvl_1L.device
         if label_B is None:
             return torch.multinomial(self.uniform_prob, num_samples=B, replacement=True, generator=rng).view(B)

@@ -108,7 +108,7 @@ class VQVAE(TokenizerHubMixin, nn.Module):
         maps = []
         for idx_Bl in ms_idx_Bl:
             pn = round(idx_Bl.shape[1] ** 0.5)
-            maps.append(self.quantize._tokens_to_map(idx_Bl, pn))
+            maps.append(self.quantize.tokens_to_map(idx_Bl, pn))
         return self.embed_to_img(maps, all_to_max_scale=same_shape, last_one=last_one)
 
     def embed_to_img(
