@@ -220,8 +220,8 @@ def sample(
     pairs = [(label_list[i % len(label_list)], seed_list[i % len(seed_list)]) for i in range(count)]
 
     size = image_size(vae)
-    sampler = Sampler(var, dtype=dtype.value, device=place)
-    batch = batch or _default_batch(size, sampler.device.type)
+    batch = batch or _default_batch(size, place.type)
+    sampler = Sampler(var, dtype=dtype.value, device=place, max_batch=batch)
     options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
     began = time.perf_counter()
     images_per_scale = _sample(sampler, pairs, batch, options, steps)

@@ -263,3 +263,8 @@ def test_under_torch_compile():
     cond[3, 0, 0] = torch.nan
     with pytest.raises(UserError, match="image 3 .*not finite"):
         compiled(cond, uncond, 1.5, u)
+
+
+def test_a_huge_top_k_keeps_all():
+    cond, u = torch.randn(1, 2, 5), torch.rand(1, 2)
+    assert torch.equal(sample_tokens(cond, None, 0.0, 2**70, 0.0, u), sample_tokens(cond, None, 0.0, 0, 0.0, u))

@@ -144,3 +144,15 @@ def test_settings_that_are_not_compared(tmp_path):
 def test_bad_cadence(name, value):
     with pytest.raises(UserError, match=name):
         Cadence(**{name: value})
+
+
+def test_restart_forgets_the_old_run_at_once(tmp_path):
+    run_loop(CountJob(), tmp_path, Limits(steps=3), cadence=Cadence())
+    (tmp_path / "best.pt").write_bytes(b"old")
+
+    def die():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(CountJob(at=0, do=die), tmp_path, Limits(steps=3), cadence=Cadence(), restart=True)
+    assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "best.pt").exists()

@@ -22,7 +22,7 @@ from var_fast.training.export import export_checkpoint
 from var_fast.training.files import load_state, save_state
 from var_fast.training.loop import Cadence
 from var_fast.training.schedule import Limits
-from var_fast.training.tokenizer import build_tokenizer, load_trained_tokenizer, train_tokenizer
+from var_fast.training.tokenizer import build_tokenizer, clip_gradients, load_trained_tokenizer, train_tokenizer
 from var_fast.training.transformer import (
     TransformerSettings,
     load_trained_transformer,
@@ -335,3 +335,23 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, words, nam
     assert result.exit_code == 2
     assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverging_run_stops_in_one_line_and_keeps_its_checkpoint(tmp_path, emoji_folder, tiny_tokenizer):
+    train_tokenizer(emoji_folder, tmp_path, Limits(steps=2), tiny_tokenizer, cadence=QUIET)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    wild = replace(tiny_tokenizer, lr=1e30, warmup_steps=0)
+    with pytest.raises(UserError, match="not finite any more|became nan|became inf"):
+        train_tokenizer(emoji_folder, tmp_path / "wild", Limits(steps=40), wild, cadence=QUIET)
+    assert not (tmp_path / "wild" / "checkpoint.pt").exists()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad, model.bias.grad = torch.full((1, 1), float("nan")), torch.zeros(1)
+    with pytest.raises(UserError, match="gradient is not finite"):
+        clip_gradients(model, 1.0)
+    model.weight.grad.fill_(3.0)
+    assert clip_gradients(model, 1.0) == 3.0
+    torch.testing.assert_close(model.weight.grad, torch.ones(1, 1), atol=1e-5, rtol=0)

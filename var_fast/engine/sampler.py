@@ -26,6 +26,16 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+def _whole_numbers(name: str, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"they are {tensor.dtype}")
+        return tensor.to(torch.int64).flatten()
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{name} is {str(values)[:60]}, expected whole numbers of 64 bits: {error}") from error
+
+
 class Sampler:
     """Samples a VAR with one random stream per image, keyed by (seed of the image, scale, token).
 
@@ -97,8 +107,7 @@ class Sampler:
 
     def _parts(self, labels, seeds, cfg, top_k, top_p) -> list[tuple[torch.Tensor, torch.Tensor]]:
         check_sampling_options(cfg, top_k, top_p)
-        label_B = torch.as_tensor(labels, dtype=torch.int64).flatten()
-        seed_B = torch.as_tensor(seeds, dtype=torch.int64).flatten()
+        label_B, seed_B = _whole_numbers("labels", labels), _whole_numbers("seeds", seeds)
         if len(label_B) != len(seed_B) or len(label_B) == 0:
             raise UserError(f"{len(label_B)} labels and {len(seed_B)} seeds, expected as many of each and at least one")
         label_B = self.var.resolve_labels(len(label_B), label_B, None)

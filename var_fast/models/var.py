@@ -351,4 +351,4 @@ def check_finite(logits_BlV: torch.Tensor, si: int) -> None:
     finite_B = torch.isfinite(logits_BlV).flatten(1).all(1)
     if not finite_B.all():
         image = int((~finite_B).nonzero()[0])
-        raise UserError(f"logits are not finite at scale {si}, image {image}: check the weights and the dtype")
+        raise UserError(f"logits are not finite at scale {si}, image {image}: check the weights, the dtype and cfg")

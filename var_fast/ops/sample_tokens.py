@@ -48,7 +48,7 @@ def sample_tokens(
         UserError: an argument of the wrong shape, dtype or range; logits that are not finite.
     """
     return torch.ops.var_fast.sample_tokens.default(
-        cond_BlV, uncond_BlV, float(guidance), int(top_k), float(top_p), u_Bl, backend
+        cond_BlV, uncond_BlV, float(guidance), min(int(top_k), cond_BlV.shape[-1]), float(top_p), u_Bl, backend
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,8 +59,9 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 def _prepare(threads: int | None, device: str) -> str:
     """Sets the number of threads; the device by its name. Raises UserError."""
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"threads: got {threads}, expected 1 or more")
+        most = 4 * (os.cpu_count() or 1)
+        if not 1 <= threads <= most:
+            raise UserError(f"threads: got {threads}, expected 1 to {most}")
         torch.set_num_threads(threads)
     return str(pick_device(device))
 

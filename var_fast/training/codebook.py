@@ -75,7 +75,10 @@ def revive_codes(
     if not rows.numel():
         return 0
     weight = vae.quantize.embedding.weight
-    fresh_NC = draw_candidates(residual_vectors(vae, img_B3HW), rows.numel())
+    scales = residual_vectors(vae, img_B3HW)
+    if not all(torch.isfinite(distance_N).all() for _, distance_N in scales):
+        return 0  # the run is lost; the loop says so
+    fresh_NC = draw_candidates(scales, rows.numel())
     rows = rows[torch.randperm(rows.numel(), device=rows.device)[: fresh_NC.shape[0]]]
     weight[rows] = fresh_NC.to(weight.dtype)
     if average is not None:

@@ -142,15 +142,18 @@ def run_loop(
     cadence = cadence or Cadence()
     console = console or Console()
     out = Path(out)
+    path = out / "checkpoint.pt"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if restart:  # or, killed before its first save, the run would go on as the old one
+            for old in (path, out / "best.pt"):
+                old.unlink(missing_ok=True)
         # Unbuffered: nothing is left to write, and to fail, when it is closed.
         log = open(out / "log.jsonl", "wb" if restart else "ab", buffering=0)
     except OSError as error:
         raise UserError(f"out: cannot write in {out}: {error.strerror}") from None
-    path = out / "checkpoint.pt"
     step, before_s, metrics = 0, 0.0, {}
-    if path.exists() and not restart:
+    if path.exists():
         step, before_s, metrics = _resume(job, path)
         console.print(
             f"resuming {path} at step {step}, {before_s / 60:.1f} minutes in", soft_wrap=True, highlight=False
@@ -178,10 +181,11 @@ def run_loop(
         if not window:
             return {}
         means = {k: float(torch.stack([torch.as_tensor(w[k]).float() for w in window]).mean()) for k in window[0]}
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss became {means['loss']} before step {step}; {path} holds the last good state: try a lower lr"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(means.get(name, 0.0)):
+                raise UserError(
+                    f"{name} became {means[name]} before step {step}; {path} holds the last good state: try a lower lr"
+                )
         means["images_per_s"] = round(len(window) * job.images_per_step / max(1e-9, now - logged_at), 2)
         record("train", means)
         window.clear()

@@ -85,6 +85,15 @@ def weight_groups(model: nn.Module, weight_decay: float, bare: tuple[str, ...] =
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """Scales the gradients down to a norm of at most `limit` and returns their norm. Raises UserError where it is not
+    finite: the step must not be applied, or the weights, and the next checkpoint, would be lost."""
+    try:
+        return nn.utils.clip_grad_norm_(model.parameters(), limit, error_if_nonfinite=True)
+    except RuntimeError as error:
+        raise UserError("the gradient is not finite any more; the last checkpoint is intact: try a lower lr") from error
+
+
 class TokenizerJob:
     """One tokenizer in training; run_loop drives it."""
 
@@ -144,7 +153,7 @@ class TokenizerJob:
         loss.backward()
         self.steps_used_V += code_rows_used(self.vae.quantize.embedding.weight.grad)
         self.steps_watched += 1
-        norm = nn.utils.clip_grad_norm_(self.vae.parameters(), s.clip)
+        norm = clip_gradients(self.vae, s.clip)
         self.optimizer.step()
         self.ema.update(step)
         self._revive(step, progress, img)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from var_fast.errors import UserError
 from var_fast.models import VAR, VQVAE
@@ -21,7 +20,7 @@ from var_fast.training.files import contents_of, load_state, save_state, weights
 from var_fast.training.loop import Cadence, Outcome, batch_indices, run_loop, step_seed
 from var_fast.training.metrics import split_scales, tokenise, transformer_metrics, unigram_baseline
 from var_fast.training.schedule import Limits, lr_factor
-from var_fast.training.tokenizer import load_trained_tokenizer, weight_groups
+from var_fast.training.tokenizer import clip_gradients, load_trained_tokenizer, weight_groups
 
 # Tables that are looked up or added, and the gains of AdaLN: not matrices in the sense of weight decay.
 _BARE = ("class_emb", "pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
@@ -154,7 +153,7 @@ class TransformerJob:
         loss, _, accuracy_k = self.var.loss(label_B, x_BLC, tokens_BL, label_smoothing=s.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.var.parameters(), s.clip)
+        norm = clip_gradients(self.var, s.clip)
         self.optimizer.step()
         self.ema.update(step)
         return {
