@@ -458,3 +458,17 @@ def test_spread(num_classes):
 def test_image_name():
     assert image_name(1, 2, None) == "label1-seed2.png"
     assert image_name(0, 2, ["Été / ../x"]) == "label0-été-x-seed2.png"
+
+
+def test_batch_is_the_number_of_images_made_at_once(model, tmp_path, monkeypatch):
+    from var_fast import engine
+
+    seen, real = [], engine.Sampler.__init__
+
+    def init(self, *arguments, **options):
+        seen.append(options["max_batch"])
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(engine.Sampler, "__init__", init)
+    assert sample(model, "--seeds", "0-69", "--batch", 70, "--out", tmp_path / "x.png") == 0
+    assert seen == [70]

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import var_fast
 from var_fast import Sampler, load_checkpoint
@@ -56,16 +55,17 @@ def test_the_card_states_the_measured_numbers(metrics):
 
 
 def test_samples_look_like_their_class(demo):
-    # As far as numbers can tell: hearts and flags of many seeds are nearer to their own kind than to the other.
+    # As far as numbers can tell: a flag reaches the left edge of the picture, a heart hardly, and a smiley is yellow.
     sampler = Sampler(demo.var, dtype="float32")
-    heart, flag = demo.classes.index("heart"), demo.classes.index("country-flag")
-    images = sampler.sample([heart] * 8 + [flag] * 8, list(range(16)), cfg=3, top_k=300, top_p=0.9)
-    assert images.shape == (16, 3, 32, 32) and torch.isfinite(images).all()
-    assert images.flatten(1).std(0).mean() > 0.05, "all images are alike"
-    # A heart leaves the corners of the picture white; a flag is as wide as the picture.
-    corners = images[:, :, -6:, :6].mean((1, 2, 3))
-    sides = images[:, :, 13:19, :3].mean((1, 2, 3))
-    assert corners[:8].mean() > 0.9 and sides[8:].mean() < sides[:8].mean() + 0.3
+    names = ["heart", "country-flag", "face-smiling"]
+    labels = [demo.classes.index(name) for name in names for _ in range(8)]
+    images = sampler.sample(labels, list(range(24)), cfg=3, top_k=100, top_p=0.7)
+    assert images.shape == (24, 3, 32, 32)
+    hearts, flags, smileys = images.split(8)
+    assert hearts[..., 13:19, :3].mean() - flags[..., 13:19, :3].mean() > 0.15  # 0.25 when measured
+    red, _, blue = smileys[..., 4:28, 4:28].mean((0, 2, 3))
+    assert red - blue > 0.4  # 0.63 when measured
+    assert all(group.std(0).mean() > 0.02 for group in (hearts, flags, smileys)), "seeds make no difference"
 
 
 def test_tokenizer_reconstructs_its_own_samples(demo):

@@ -95,9 +95,10 @@ def test_loss_and_gradients(case):
     checked = 0
     for name, param in case.var.named_parameters():
         golden_norm = case.arrays[f"gradnorm/{name}"]
-        assert relative_error(param.grad.norm(), golden_norm) < 10 * RTOL or golden_norm < 1e-6, name
+        assert relative_error(param.grad.norm(), golden_norm) < RTOL, name
         head64, golden64 = param.grad.flatten()[:64], case.arrays[f"grad64/{name}"]
-        assert (head64 - golden64).norm() <= 10 * RTOL * golden64.norm() + 1e-5 * golden_norm, name
+        # The absolute part is for a parameter whose first 64 gradients are next to nothing beside the others.
+        assert (head64 - golden64).norm() <= RTOL * golden64.norm() + 1e-5 * golden_norm, name
         checked += 1
     assert checked == sum(key.startswith("gradnorm/") for key in case.arrays)
 
@@ -144,7 +145,7 @@ def test_tokenizer_training_step(case):
     for name, param in vae.named_parameters():
         golden_norm = case.arrays[f"vae_gradnorm/{name}"]
         # Biases before a group norm have no true gradient: theirs is rounding, compared absolutely.
-        assert abs(param.grad.norm() - golden_norm) < 10 * RTOL * golden_norm + 1e-5, name
+        assert abs(param.grad.norm() - golden_norm) < RTOL * golden_norm + 1e-5, name
         checked += 1
     assert checked == sum(key.startswith("vae_gradnorm/") for key in case.arrays)
 
