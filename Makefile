@@ -12,10 +12,10 @@ DEMO_LABELS := face-smiling,cat-face,heart,country-flag,time,person,keycap,food-
 DEMO_OPTIONS := --model demo --labels $(DEMO_LABELS) --seeds 0-15 --cfg 3 --top-k 100 --top-p 0.7
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu-check clean
+.PHONY: help demo test lint bench bench-report gpu-check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)-run  ## sample 16 images from the model in this package into demo.png
 	@$(BIN)/var-fast sample $(DEMO_OPTIONS) --out demo.png
@@ -27,6 +27,12 @@ test: $(STAMP)-test  ## every test that needs no GPU
 lint: $(STAMP)-test  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(STAMP)-bench  ## each operator on small shapes, by pytest-benchmark (BENCH=--benchmark-autosave to keep)
+	$(BIN)/python -m pytest -q bench/ops/bench_operators.py $(BENCH)
+
+bench-report: $(STAMP)-bench  ## the throughput report of this machine (BENCH="--suite sample ..." for options)
+	$(BIN)/python bench/run.py $(BENCH)
 
 gpu-check:  ## build with the python3 at hand (no network needed), run the tests marked gpu, write gpu_check.json
 	$(PYTHON) setup.py -q build_ext --inplace
@@ -47,6 +53,10 @@ $(STAMP)-run: $(MADE) $(SOURCES)
 
 $(STAMP)-test: $(MADE) $(SOURCES)
 	$(call install,'.[test]')
+	@touch $@ $(STAMP)-run
+
+$(STAMP)-bench: $(MADE) $(SOURCES)
+	$(call install,'.[bench]')
 	@touch $@ $(STAMP)-run
 
 define install

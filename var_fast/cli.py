@@ -52,13 +52,17 @@ class Upscaling(str, Enum):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command in `arguments` (default: of the process) and returns its exit code.
+    """Runs the command in `arguments` (default: of the process) and returns its exit code, as `run_app` does."""
+    return run_app(app, "var-fast", sys.argv[1:] if arguments is None else arguments)
+
+
+def run_app(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+    """Runs one of `commands` and returns the exit code.
 
     0: done. 2: bad input. 130: interrupted. The last two say why in one line on stderr.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _run(app, "var-fast", list(arguments))
+        _run(commands, name, list(arguments))
         sys.stdout.flush()
     except typer.Exit as stop:
         return stop.exit_code

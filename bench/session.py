@@ -1,0 +1,138 @@
+"""One run of the benchmark: its groups one after the other, the report written after each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bench.case import Case
+from bench.machine import last_level_cache_bytes
+from bench.measure import Method, Seconds, measure
+from bench.models import Models, build
+from bench.output.markdown import write_markdown
+from bench.output.plots import plots_problem, write_plots
+from bench.output.table import print_report
+from bench.peers.base import Peer
+from bench.plan import Group
+from bench.quality import quality_rows
+from bench.rows import Report, Row
+from bench.suites import ops, sample, tokenize, train
+from bench.timeline import record
+from var_fast import Sampler
+from var_fast.engine.sampler import DTYPES
+from var_fast.ops.backend import FAST_BACKENDS
+
+
+@dataclass
+class Session:
+    report: Report
+    device: torch.device
+    dtypes: Sequence[torch.dtype]
+    peers: Sequence[Peer]
+    quick: bool
+    method: Method
+    checkpoints: tuple[Path | None, Path | None]
+    files: Sequence[Path]
+    spent: Seconds
+    progress: Callable[[str, int], None]
+    _models: Models | None = None
+
+    def run(self, groups: Sequence[Group]) -> None:
+        """Measures `groups`; then the quality gate and the time line where images were sampled."""
+        for done, group in enumerate(groups):
+            title = " ".join(filter(None, (group.suite, group.model, group.batch and f"batch {group.batch}")))
+            for cases in self._cases(group):
+                what = cases[0].name if group.suite == "ops" else title
+                on_step = partial(self._show, what, done)
+                measure(cases, self.peers, self.report.rates, self.method, self.spent, self.report.rows, on_step)
+                self._write()
+        sampled = [group.model for group in groups if group.suite == "sample"]
+        if sampled:
+            self.progress("time line of one image", len(groups))
+            self._record_timeline(sampled[-1])
+            self.progress("quality gate", len(groups))
+            self._pass_gate()
+            self._write()
+
+    def _show(self, what: str, done: int, step: str) -> None:
+        self.progress(f"{what}: {step}", done)
+
+    def _cases(self, group: Group):
+        """Lists of cases that differ in dtype only."""
+        if group.suite == "ops":
+            by_name: dict[str, list[Case]] = {}
+            cache = last_level_cache_bytes(self.device)
+            for dtype in self.dtypes:
+                for case in ops.cases(self.device, dtype, "quick" if self.quick else "full", cache_bytes=cache):
+                    by_name.setdefault(case.name, []).append(case)
+            yield from by_name.values()
+            alone = [name for name, backends in FAST_BACKENDS.items() if not backends]
+            if alone:
+                self.report.notes.append(f"only their reference in this version: {', '.join(alone)}")
+            return
+        models = self._build(group.model)
+        common = (models, self.device, self.dtypes, group.batch)
+        if group.suite == "sample":
+            yield sample.cases(*common)
+        elif group.suite == "train":
+            if cases := train.cases(*common):
+                yield cases
+        else:
+            yield tokenize.cases(*common, decode=False)
+            yield tokenize.cases(*common, decode=True)
+
+    def _build(self, name: str) -> Models:
+        """One model at a time: the large ones fill the memory."""
+        if self._models is None or self._models.name != name:
+            self._models = None
+            torch.manual_seed(0)
+            self._models = build(name, self.device, *self.checkpoints)
+        return self._models
+
+    def _record_timeline(self, name: str) -> None:
+        models, dtype = self._build(name), self.dtypes[-1]
+        dtype_name = next(text for text, known in DTYPES.items() if known == dtype)
+        sampler = Sampler(models.var, dtype=dtype_name)
+        title = f"one image of {name}, {dtype_name}, {self.device}"
+        self.report.timeline = record(lambda: sampler.sample([1], [0]), self.device, title)
+
+    def _pass_gate(self) -> None:
+        modes = [("var_fast", name, "auto") for name, dtype in DTYPES.items() if dtype in self.dtypes]
+        images = 16 if self.quick else 64
+        self.report.quality = quality_rows(modes, [i % 75 for i in range(images)], list(range(images)), self.device)
+
+    def _write(self) -> None:
+        for file in self.files:
+            self.report.write(file)
+
+    def finish(self, begin: float, directory: Path, console: Console) -> None:
+        """Writes everything and prints the tables; `begin` by time.monotonic()."""
+        if problem := plots_problem():
+            self.report.notes.append(problem)
+        if note := _restless(self.report.rows):
+            self.report.notes.append(note)
+        plots = write_plots(self.report, directory)
+        total = time.monotonic() - begin
+        spent = dict(total=total, timed=self.spent.timed, warm_up=self.spent.warm_up)
+        self.report.seconds = {**spent, "other": total - sum(spent[part] for part in ("timed", "warm_up"))}
+        self._write()
+        write_markdown(self.report, directory / "report.md", plots)
+        print_report(console, self.report)
+        console.print(f"{len(self.report.rows)} rows; report: {directory / 'report.md'}", soft_wrap=True)
+
+
+def _restless(rows: Sequence[Row]) -> str | None:
+    """A warning where the samples of many rows are far apart: something else used the machine."""
+    spreads = sorted(row.p90_s / row.p10_s for row in rows if row.median_s is not None)
+    if spreads and spreads[len(spreads) * 3 // 4] > 1.2:
+        return (
+            f"in a quarter of the rows the 90% sample took {spreads[len(spreads) * 3 // 4]:.1f} times the 10% one or "
+            "more: other work may have run on this machine, so take the numbers as rough"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Suites: each yields its cases."""

@@ -1,0 +1,108 @@
+"""bench/run.py as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.rows import Report
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--suite", "sample", "--models", "demo", "--batch", "1", "--rounds", "2", "--seconds", "0", "--device", "cpu"]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "bench" / "run.py"), *map(str, arguments)]
+
+
+def run(*arguments, cwd=ROOT):
+    # a directory that is not the repository, and no path to it: as a new user would
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "COLUMNS": "120"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_short_report_has_all_its_files(tmp_path):
+    done = run(*SHORT, "--out", tmp_path / "out", "--json", tmp_path / "again.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = Report.read(tmp_path / "out" / "report.json")
+    rows = {row.implementation: row for row in report.rows}
+    assert set(rows) == {"reference", "var_fast"}
+    assert all(row.median_s > 0 and row.floor_s > 0 and row.samples >= 2 for row in rows.values())
+    assert rows["var_fast"].ratio["reference"] > 0
+    assert [row["mode"] for row in report.quality] == ["var_fast"] * len(report.quality) and report.quality
+    assert report.quality[0]["token_agreement"] == 1.0
+    assert report.timeline["totals_s"]["matrix products"] > 0
+    assert report.seconds["total"] > report.seconds["timed"] > 0
+    assert not report.interrupted
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == [vars(row) for row in report.rows]
+    assert "var_fast" in done.stdout and "report.md" in done.stdout
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    for plot in (tmp_path / "out").glob("*.png"):
+        assert plot.name in markdown
+    assert str(tmp_path) not in markdown  # a report goes to others: no paths of this machine
+    old = run(*SHORT, "--out", tmp_path / "new", "--compare", tmp_path / "again.json")
+    assert old.returncode == 0 and "new / old" in old.stdout.replace("new/old", "new / old"), old.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_writes_what_is_finished(tmp_path, how):
+    arguments = ["--suite", "sample", "--models", "demo", "--batch", "1,2,4096", "--device", "cpu", "--rounds", "2"]
+    process = subprocess.Popen(
+        command(*arguments, "--seconds", "1", "--out", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    file = tmp_path / "report.json"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and len(json.loads(file.read_text())["rows"]) >= 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert errors.decode().strip().endswith("interrupted")
+    report = Report.read(file)
+    assert report.interrupted and report.rows[0].median_s > 0
+    assert "interrupted" in (tmp_path / "report.md").read_text().lower()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--models", "d17"], "--models holds 'd17'"),
+        (["--models", "d16,"], "--models holds ''"),
+        (["--peer", "fastvar"], "--peer is 'fastvar', expected one of compile, flex"),
+        (["--peer", "published"], "--peer published needs a path"),
+        (["--peer", "published=/nowhere/VAR"], "--peer published=/nowhere/VAR: there is no such path"),
+        (["--peer", f"published={ROOT / 'bench'}"], "expected a checkout of the public VAR code"),
+        (["--peer", f"hmar={ROOT / 'bench'}"], "expected"),
+        (["--peer", "sdpa=x"], "--peer sdpa takes no path"),
+        (["--suite", "all,x"], "--suite holds"),
+        (["--batch", "0"], "--batch holds '0'"),
+        (["--dtype", "int8"], "--dtype holds 'int8'"),
+        (["--device", "cuda:99"], "--device is 'cuda:99'"),
+        (["--compare", "/nowhere.json"], "/nowhere.json: cannot be read"),
+        (["--json", "/nowhere/x.json"], "/nowhere/x.json"),
+        (["--out", "/proc/nowhere"], "--out is '/proc/nowhere'"),
+        (["--vae-ckpt", "x.pth"], "--vae-ckpt and --var-ckpt go with one model"),
+        (["--rounds", "1"], "--rounds"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, arguments, words):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert words in done.stderr
+
+
+def test_help_explains_the_options():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in ("--suite", "--models", "--peer", "--quick", "--compare", "published=PATH"):
+        assert word in done.stdout

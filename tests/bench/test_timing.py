@@ -1,0 +1,73 @@
+"""Interleaved timing: the order, the number of calls, and what happens when one breaks off."""
+
+import time
+
+import pytest
+import torch
+
+from bench.timing import LEAST_SAMPLE_S, Timed, elapsed, interleave
+
+CPU = torch.device("cpu")
+
+
+def recorder(name, log, seconds=0.0):
+    def call(value):
+        log.append((name, value))
+        time.sleep(seconds)
+
+    return call
+
+
+def test_each_round_begins_with_another_and_calls_rotate_the_inputs():
+    log = []
+    timed = [Timed(recorder(name, log), estimate_s=1.0) for name in "ab"]
+    interleave(timed, [(0,), (1,), (2,)], CPU, budget_s=0, least_rounds=4)
+    assert [name for name, _ in log] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [value for name, value in log if name == "a"] == [0, 1, 2, 0]
+    assert [len(one.samples_s) for one in timed] == [4, 4]
+
+
+def test_short_calls_share_a_sample_and_seconds_are_a_call():
+    log = []
+    one = Timed(recorder("a", log, seconds=1e-3), estimate_s=1e-3)
+    interleave([one], [(0,)], CPU, budget_s=0, least_rounds=3)
+    assert len(log) == 3 * round(LEAST_SAMPLE_S["cpu"] / 1e-3)
+    assert all(1e-3 <= sample < 5e-3 for sample in one.samples_s)
+
+
+def test_rounds_go_on_until_the_budget_is_spent():
+    one = Timed(lambda: time.sleep(0.01), estimate_s=0.01)
+    begin = time.perf_counter()
+    interleave([one], [()], CPU, budget_s=0.2, least_rounds=2)
+    assert 0.2 <= time.perf_counter() - begin < 1.0
+    assert len(one.samples_s) > 5
+
+
+def test_one_that_fails_leaves_the_others_their_rounds():
+    def fail():
+        raise MemoryError
+
+    good, bad = Timed(lambda: None, 1.0), Timed(fail, 1.0)
+    interleave([bad, good], [()], CPU, 0, 3, failure=lambda error: "out of memory")
+    assert bad.failed == "out of memory" and not bad.samples_s
+    assert len(good.samples_s) == 3
+    with pytest.raises(MemoryError):
+        interleave([Timed(fail, 1.0)], [()], CPU, 0, 3)
+
+
+def test_an_interrupt_leaves_whole_rounds():
+    calls = []
+
+    def interrupt():
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    first, second = Timed(lambda: None, 1.0), Timed(interrupt, 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        interleave([first, second], [()], CPU, 0, 9)
+    assert len(first.samples_s) == len(second.samples_s) == 2
+
+
+def test_elapsed_is_seconds():
+    assert 0.02 <= elapsed(lambda: time.sleep(0.02), CPU) < 0.5
