@@ -14,8 +14,9 @@ from typing import Annotated
 
 import typer
 
-# As a script, Python puts this directory on the path; the modules are imported as bench.<name> from the one above.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # Python puts a script's own directory on the path; the modules are imported as bench.<name> from the one above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from var_fast.cli import run_app  # noqa: E402
 from var_fast.errors import UserError  # noqa: E402
@@ -53,7 +54,7 @@ Rounds = Annotated[int | None, typer.Option(min=2, help="Least rounds of each ca
 LeastSeconds = Annotated[
     float | None,
     typer.Option(
-        min=0, help="More rounds, to so many seconds a case. Default: 2 quick, 10 full, but 5 times the first calls."
+        min=0, help="More rounds, to so many seconds a case. Default: 4 quick, 10 full, but 5 times the first calls."
     ),
 ]
 Json = Annotated[Path | None, typer.Option(help="Write the JSON report here too.")]
@@ -112,12 +113,13 @@ def report(
         load_peer(text) for text in dict.fromkeys(["reference", "var_fast", *(defaults if peer is None else peer)])
     ]
     old = None if compare is None else Report.read(compare)
-    directory = _make_directory(out)
     if json is not None:
         from var_fast.images import check_writable
 
         check_writable(json)
+    directory = _make_directory(out)
 
+    import torch
     from rich.console import Console
 
     from bench.machine import environment
@@ -126,6 +128,8 @@ def report(
     from bench.rates import measure as measure_rates
     from bench.session import Session
 
+    # cuDNN would round float32 to TF32, and be compared with what does not
+    torch.backends.cudnn.allow_tf32 = False
     console = Console()
     with _progress(len(groups)) as progress, Watch(place) as watch:
         progress("measuring this device", 0)
@@ -136,7 +140,7 @@ def report(
             peers=peers,
             quick=quick,
             method=Method(
-                budget_s=seconds if seconds is not None else 2.0 if quick else 10.0,
+                budget_s=seconds if seconds is not None else 4.0 if quick else 10.0,
                 least_rounds=rounds or (3 if quick else 7),
                 times_warm_up=0.0 if seconds is not None else 5.0,
                 deadline=begin + QUICK_S if quick and names is None else float("inf"),
@@ -195,6 +199,11 @@ def _interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark and returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    return run_app(app, "bench/run.py", sys.argv[1:] if arguments is None else arguments)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(run_app(app, "bench/run.py", sys.argv[1:]))
+    sys.exit(main())

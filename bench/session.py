@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench.case import Case
 from bench.machine import last_level_cache_bytes
 from bench.measure import Method, Seconds, measure
 from bench.models import Models, build
@@ -66,12 +65,11 @@ class Session:
     def _cases(self, group: Group):
         """Lists of cases that differ in dtype only."""
         if group.suite == "ops":
-            by_name: dict[str, list[Case]] = {}
-            cache = last_level_cache_bytes(self.device)
-            for dtype in self.dtypes:
-                for case in ops.cases(self.device, dtype, "quick" if self.quick else "full", cache_bytes=cache):
-                    by_name.setdefault(case.name, []).append(case)
-            yield from by_name.values()
+            cache, size = last_level_cache_bytes(self.device), "quick" if self.quick else "full"
+            by_dtype = [ops.cases(self.device, dtype, size, cache_bytes=cache) for dtype in self.dtypes]
+            for same in zip(*by_dtype):
+                for case in same:  # one at a time: their inputs are large, and are of the case's type
+                    yield [case]
             alone = [name for name, backends in FAST_BACKENDS.items() if not backends]
             if alone:
                 self.report.notes.append(f"only their reference in this version: {', '.join(alone)}")
