@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from var_fast.ops.backend import choose_backend
+from var_fast.ops.library import register
 
 
 def adaln_modulate_reference(x_BLC, scale_BC, shift_BC, eps=1e-6):
@@ -32,7 +33,8 @@ def adaln_modulate(
     Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run.
     """
     _check_modulation(x_BLC, scale_BC=scale_BC, shift_BC=shift_BC)
-    choose_backend("adaln_modulate", x_BLC.device, backend)
+    if choose_backend("adaln_modulate", x_BLC.device, backend) == "triton":
+        return _triton(x_BLC, scale_BC, shift_BC, float(eps))
     return adaln_modulate_reference(x_BLC, scale_BC, shift_BC, eps)
 
 
@@ -54,7 +56,8 @@ def residual_adaln_modulate(
     if branch_BLC.shape != x_BLC.shape:
         raise ValueError(f"branch_BLC has shape {tuple(branch_BLC.shape)}, expected x_BLC's, {tuple(x_BLC.shape)}")
     _check_modulation(x_BLC, gate_BC=gate_BC, scale_BC=scale_BC, shift_BC=shift_BC)
-    choose_backend("residual_adaln_modulate", x_BLC.device, backend)
+    if choose_backend("residual_adaln_modulate", x_BLC.device, backend) == "triton":
+        return _residual_triton(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, float(eps))
     return residual_adaln_modulate_reference(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
 
 
@@ -65,3 +68,99 @@ def _check_modulation(x_BLC, **per_image):
     for name, tensor in per_image.items():
         if tensor.shape != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (B, C) = {expected}")
+
+
+# ---------------------------------------------------------------------------------------------------- Triton, autograd
+def _run(x_BLC, scale_BC, shift_BC, eps):
+    from var_fast.kernels import adaln_modulate as kernel
+
+    return kernel.forward(x_BLC, None, None, scale_BC, shift_BC, eps)[1]
+
+
+def _run_backward(dy_BLC, x_BLC, scale_BC, eps):
+    from var_fast.kernels import adaln_modulate as kernel
+
+    dx_BLC, _, _, dscale_BC, dshift_BC = kernel.backward(dy_BLC, None, x_BLC, None, None, scale_BC, eps)
+    return dx_BLC, dscale_BC, dshift_BC
+
+
+def _residual_run(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
+    from var_fast.kernels import adaln_modulate as kernel
+
+    return kernel.forward(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
+
+
+def _residual_run_backward(dx_out_BLC, dy_BLC, x_BLC, branch_BLC, gate_BC, scale_BC, eps):
+    from var_fast.kernels import adaln_modulate as kernel
+
+    return kernel.backward(dy_BLC, dx_out_BLC, x_BLC, branch_BLC, gate_BC, scale_BC, eps)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _per_image(x_BLC: torch.Tensor) -> torch.Tensor:
+    return x_BLC.new_empty(x_BLC.shape[0], x_BLC.shape[2], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    x_BLC, scale_BC, shift_BC, ctx.eps = inputs
+    ctx.shift_dtype = shift_BC.dtype
+    ctx.save_for_backward(x_BLC, scale_BC)
+
+
+def _backward(ctx, dy_BLC):
+    x_BLC, scale_BC = ctx.saved_tensors
+    dx_BLC, dscale_BC, dshift_BC = _backward_triton(dy_BLC, x_BLC, scale_BC, ctx.eps)
+    return dx_BLC, dscale_BC.to(scale_BC.dtype), dshift_BC.to(ctx.shift_dtype), None
+
+
+def _residual_save(ctx, inputs, output):
+    _, branch_BLC, gate_BC, scale_BC, shift_BC, ctx.eps = inputs
+    ctx.shift_dtype = shift_BC.dtype
+    ctx.save_for_backward(output[0], branch_BLC, gate_BC, scale_BC)
+
+
+def _residual_backward(ctx, dx_out_BLC, dy_BLC):
+    x_BLC, branch_BLC, gate_BC, scale_BC = ctx.saved_tensors
+    dx_BLC, dbranch_BLC, dgate_BC, dscale_BC, dshift_BC = _residual_backward_triton(
+        dx_out_BLC, dy_BLC, x_BLC, branch_BLC, gate_BC, scale_BC, ctx.eps
+    )
+    per_image = dgate_BC.to(gate_BC.dtype), dscale_BC.to(scale_BC.dtype), dshift_BC.to(ctx.shift_dtype)
+    return dx_BLC, dbranch_BLC, *per_image, None
+
+
+_triton = register(
+    "adaln_modulate_triton",
+    "(Tensor x_BLC, Tensor scale_BC, Tensor shift_BC, float eps) -> Tensor",
+    _run,
+    lambda x_BLC, scale_BC, shift_BC, eps: _like(x_BLC),
+    backward=_backward,
+    setup_context=_save,
+)
+_backward_triton = register(
+    "adaln_modulate_backward_triton",
+    "(Tensor dy_BLC, Tensor x_BLC, Tensor scale_BC, float eps) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda dy_BLC, x_BLC, scale_BC, eps: (_like(x_BLC), _per_image(x_BLC), _per_image(x_BLC)),
+)
+_residual_triton = register(
+    "residual_adaln_modulate_triton",
+    "(Tensor x_BLC, Tensor branch_BLC, Tensor gate_BC, Tensor scale_BC, Tensor shift_BC, float eps) -> (Tensor, Tensor)",
+    _residual_run,
+    lambda x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps: (_like(x_BLC), _like(x_BLC)),
+    backward=_residual_backward,
+    setup_context=_residual_save,
+)
+_residual_backward_triton = register(
+    "residual_adaln_modulate_backward_triton",
+    "(Tensor dx_out_BLC, Tensor dy_BLC, Tensor x_BLC, Tensor branch_BLC, Tensor gate_BC, Tensor scale_BC, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _residual_run_backward,
+    lambda dx_out_BLC, dy_BLC, x_BLC, branch_BLC, gate_BC, scale_BC, eps: (
+        _like(x_BLC),
+        _like(branch_BLC),
+        *(_per_image(x_BLC) for _ in range(3)),
+    ),
+)

@@ -7,6 +7,7 @@ raises; only "auto" may choose the reference because nothing faster is there.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from functools import cache
 
@@ -18,8 +19,8 @@ CHOICES = ("auto", "reference", "triton", "native")
 
 # operator -> {fast backend: device types it runs on}, the preferred backend first
 FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "adaln_modulate": {},
-    "residual_adaln_modulate": {},
+    "adaln_modulate": {"triton": ("cuda",)},
+    "residual_adaln_modulate": {"triton": ("cuda",)},
     "qk_norm": {},
     "scale_attention": {},
     "codebook_search": {},
@@ -43,6 +44,19 @@ def native_problem() -> str | None:
     except ImportError as error:
         return f"the extension var_fast._C is not built or does not load ({error}); run: pip install -e ."
     return None
+
+
+@cache
+def triton_problem() -> str | None:
+    """Why Triton kernels cannot be used, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run: pip install triton"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Whether kernels run in Triton's interpreter: slow, exact, on any device, for tests only."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose_backend(op: str, device: torch.device | str, requested: str = "auto") -> str:
@@ -72,7 +86,8 @@ def _choose(op: str, device_type: str, requested: str) -> tuple[str, str]:
     if requested == "reference":
         return "reference", origin
     if requested != "auto":
-        problem = _problem(op, requested, device_type)
+        interpreted = requested == "triton" and triton_interprets()
+        problem = _problem(op, requested, "cuda" if interpreted else device_type)
         if problem:
             raise BackendUnavailable(f"{op}: backend {requested!r} ({origin}) cannot run on {device_type}: {problem}")
         return requested, origin
@@ -91,4 +106,4 @@ def _problem(op: str, backend: str, device_type: str) -> str | None:
         return f"{op} has no {backend} implementation in this version"
     if device_type not in devices:
         return f"implemented for {', '.join(devices)} only"
-    return native_problem() if backend == "native" else None
+    return native_problem() if backend == "native" else triton_problem()
