@@ -57,8 +57,7 @@ class BuildExtension(build_ext):
 
 check_torch()
 setup(
-    packages=[*find_packages(include=["var_fast", "var_fast.*"]), "var_fast.kernels"],
-    package_dir={"var_fast.kernels": "kernels"},
+    packages=find_packages(include=["var_fast", "var_fast.*"]),  # var_fast/kernels is a link to kernels/
     ext_modules=[
         Pybind11Extension(
             "var_fast._C",

@@ -63,11 +63,9 @@ def backward_kernel(
 ):  # fmt: skip
     share, image = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
-    scale = tl.load(scale_ptr + image * scale_stride + c, c < C, 0.0).to(tl.float32)
     dscale = tl.zeros([BLOCK_C], tl.float32)
     dshift = tl.zeros([BLOCK_C], tl.float32)
     if RESIDUAL:
-        gate = tl.load(gate_ptr + image * gate_stride + c, c < C, 0.0).to(tl.float32)
         dgate = tl.zeros([BLOCK_C], tl.float32)
     first = share * rows_per_share
     end = tl.minimum(first + rows_per_share, L)
@@ -80,6 +78,8 @@ def backward_kernel(
         normed, rstd = _normalise(x, inside, C, eps, BLOCK_C)
         dscale += tl.sum(dy * normed, axis=0)
         dshift += tl.sum(dy, axis=0)
+        # loaded for every tile, from the cache: kept, they would take the registers that wide rows need
+        scale = tl.load(scale_ptr + image * scale_stride + c, c < C, 0.0).to(tl.float32)
         g = dy * (1.0 + scale)[None, :]
         mean_g = tl.sum(g, axis=1) / C
         mean_gn = tl.sum(g * normed, axis=1) / C
@@ -88,6 +88,7 @@ def backward_kernel(
             dx += tl.load(dsum_ptr + at, inside, 0.0).to(tl.float32)
             branch = tl.load(branch_ptr + at, inside, 0.0).to(tl.float32)
             dgate += tl.sum(dx * branch, axis=0)
+            gate = tl.load(gate_ptr + image * gate_stride + c, c < C, 0.0).to(tl.float32)
             tl.store(dbranch_ptr + at, (dx * gate[None, :]).to(dbranch_ptr.dtype.element_ty), inside)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
     to = (image * tl.num_programs(0) + share).to(tl.int64) * C + c
@@ -98,11 +99,10 @@ def backward_kernel(
 
 
 def launch_options(C: int, backward: bool = False) -> tuple[int, int, int]:
-    """(rows, channels, warps) of a program's tile. The backward holds three times as much: more warps share it."""
+    """(rows, channels, warps) of a program's tile. The backward holds three times as much, so more warps share it."""
     block_c = triton.next_power_of_2(C)
     rows = max(1, TILE // block_c)
-    warps = 4 if rows * block_c <= TILE else 8
-    return rows, block_c, 2 * warps if backward else warps
+    return rows, block_c, 4 if rows * block_c <= TILE and not backward else 8
 
 
 def forward(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
@@ -149,10 +149,11 @@ def backward(dy_BLC, dsum_BLC, x_BLC, branch_BLC, gate_BC, scale_BC, eps):
             L, C, gate_BC.stride(0), scale_BC.stride(0), eps, rows_per_share,
             RESIDUAL=residual, ROWS=rows, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
-    dscale_BC, dshift_BC, *dgate_BC = parts_3BSC.sum(2).unbind(0)
+    # one sum for each: results of an operator may not share memory
+    dscale_BC, dshift_BC = parts_3BSC[0].sum(1), parts_3BSC[1].sum(1)
     if not residual:
         return dx_BLC, None, None, dscale_BC, dshift_BC
-    return dx_BLC, dbranch_BLC, dgate_BC[0], dscale_BC, dshift_BC
+    return dx_BLC, dbranch_BLC, parts_3BSC[2].sum(1), dscale_BC, dshift_BC
 
 
 def _channels_last(per_image_BC: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,8 @@ _backward_triton = register(
 )
 _residual_triton = register(
     "residual_adaln_modulate_triton",
-    "(Tensor x_BLC, Tensor branch_BLC, Tensor gate_BC, Tensor scale_BC, Tensor shift_BC, float eps) -> (Tensor, Tensor)",
+    "(Tensor x_BLC, Tensor branch_BLC, Tensor gate_BC, Tensor scale_BC, Tensor shift_BC, float eps)"
+    " -> (Tensor, Tensor)",
     _residual_run,
     lambda x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps: (_like(x_BLC), _like(x_BLC)),
     backward=_residual_backward,
