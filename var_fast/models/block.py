@@ -18,6 +18,14 @@ MAX_LOG_SCALE = math.log(100)
 Modulation = tuple[torch.Tensor, ...]
 """gate 1, gate 2, scale 1, scale 2, shift 1, shift 2 of a block, each (B, C): 1 for attention, 2 for the FFN."""
 
+Pending = tuple[torch.Tensor, torch.Tensor]
+"""(branch (B, L, C), gate (B, C)): gate * branch is still to be added to x. The next norm does it in one pass."""
+
+
+def settle(x_BLC: torch.Tensor, pending: Pending | None) -> torch.Tensor:
+    """x with what is pending added."""
+    return x_BLC if pending is None else x_BLC + pending[0] * pending[1].unsqueeze(1)
+
 
 class SharedAdaLin(nn.Linear):
     """Condition (B, D) -> (B, 1, 6, C): the modulation that all blocks share (`shared_aln`)."""
@@ -66,7 +74,7 @@ class SelfAttention(nn.Module):
             raise ValueError(f"embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}")
         self.block_idx, self.num_heads, self.head_dim = block_idx, num_heads, embed_dim // num_heads
         self.attn_l2_norm, self.attn_drop = attn_l2_norm, attn_drop
-        self.flash_if_available = flash_if_available
+        self.backend = "auto" if flash_if_available else "reference"
         if attn_l2_norm:
             self.scale = 1.0
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
@@ -100,7 +108,7 @@ class SelfAttention(nn.Module):
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv_BL3HD = F.linear(x, self.mat_qkv.weight, bias).view(B, L, 3, self.num_heads, self.head_dim)
         scale_H = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().view(-1) if self.attn_l2_norm else None
-        q_BLHD, k_BLHD, v_BLHD = qk_norm(qkv_BL3HD, scale_H)
+        q_BLHD, k_BLHD, v_BLHD = qk_norm(qkv_BL3HD, scale_H, backend=self.backend)
         if self.attn_l2_norm:  # the norm is done in float32 under autocast; the products go back to the half type
             q_BLHD, k_BLHD = q_BLHD.to(qkv_BL3HD.dtype), k_BLHD.to(qkv_BL3HD.dtype)
         cache = cache or self._cache
@@ -108,7 +116,7 @@ class SelfAttention(nn.Module):
             k_BLHD, v_BLHD = cache.append(k_BLHD, v_BLHD)
         dropout = self.attn_drop if self.training else 0.0
         if patch_nums is not None and dropout == 0:
-            o_BLHD = scale_attention(q_BLHD, k_BLHD, v_BLHD, patch_nums, self.scale)
+            o_BLHD = scale_attention(q_BLHD, k_BLHD, v_BLHD, patch_nums, self.scale, backend=self.backend)
         else:
             o_BLHD = F.scaled_dot_product_attention(
                 *(t.transpose(1, 2) for t in (q_BLHD, k_BLHD, v_BLHD)),
@@ -157,6 +165,7 @@ class AdaLNSelfAttn(nn.Module):
         )
         self.ffn = FFN(embed_dim, round(embed_dim * mlp_ratio), drop=drop, fused_if_available=fused_if_available)
         self.ln_wo_grad = norm_layer(embed_dim, elementwise_affine=False)
+        self.norm_backend = "auto" if fused_if_available else "reference"
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, embed_dim) / embed_dim**0.5)
         else:
@@ -174,10 +183,16 @@ class AdaLNSelfAttn(nn.Module):
         attn_bias: torch.Tensor | None,
         *,
         patch_nums: Sequence[int] | None = None,
-    ) -> torch.Tensor:
-        """x (B, L, C) -> (B, L, C); `attn_bias` and `patch_nums` as in SelfAttention."""
+        pending: Pending | None = None,
+        defer: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Pending]:
+        """x (B, L, C) -> (B, L, C); `attn_bias` and `patch_nums` as in SelfAttention.
+
+        `pending`: what the block before has left to add to x. `defer`: the result is (x, what this one leaves).
+        """
         modulation = tuple(m_BC.expand(x.shape[0], -1) for m_BC in self.modulation(cond_BD))
-        return self.forward_modulated(x, modulation, attn_bias, patch_nums=patch_nums)
+        x, pending = self.forward_modulated(x, modulation, attn_bias, patch_nums=patch_nums, pending=pending)
+        return (x, pending) if defer else settle(x, pending)
 
     def forward_modulated(
         self,
@@ -187,14 +202,18 @@ class AdaLNSelfAttn(nn.Module):
         *,
         patch_nums: Sequence[int] | None = None,
         cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """The block where its modulation is known already (sampling: it is the same at every scale)."""
+        pending: Pending | None = None,
+    ) -> tuple[torch.Tensor, Pending]:
+        """The block where its modulation is known already (sampling: it is the same at every scale), deferred."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-        eps = self.ln_wo_grad.eps
-        y_BLC = adaln_modulate(x_BLC, scale1, shift1, eps)
+        norm = dict(eps=self.ln_wo_grad.eps, backend=self.norm_backend)
+        if pending is None:
+            y_BLC = adaln_modulate(x_BLC, scale1, shift1, **norm)
+        else:
+            x_BLC, y_BLC = residual_adaln_modulate(x_BLC, *pending, scale1, shift1, **norm)
         y_BLC = self.attn(y_BLC, attn_bias, patch_nums=patch_nums, cache=cache)
-        x_BLC, y_BLC = residual_adaln_modulate(x_BLC, y_BLC, self.drop_path(gate1), scale2, shift2, eps)
-        return x_BLC + self.ffn(y_BLC) * self.drop_path(gate2).unsqueeze(1)
+        x_BLC, y_BLC = residual_adaln_modulate(x_BLC, y_BLC, self.drop_path(gate1), scale2, shift2, **norm)
+        return x_BLC, (self.ffn(y_BLC), self.drop_path(gate2))
 
     def extra_repr(self) -> str:
         return f"shared_aln={self.shared_aln}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from var_fast.errors import UserError
 from var_fast.hub import TransformerHubMixin
-from var_fast.models.block import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin
+from var_fast.models.block import AdaLNBeforeHead, AdaLNSelfAttn, SharedAdaLin, settle
 from var_fast.models.kv_cache import KVCache
 from var_fast.models.published_draws import gumbel_softmax_with_rng, sample_with_top_k_top_p_, smoothing
 from var_fast.models.vqvae import VQVAE
@@ -201,9 +201,12 @@ class VAR(TransformerHubMixin, nn.Module):
             half = torch.get_autocast_dtype(device_type)
             x_BLC, cond_BD_or_gss = x_BLC.to(half), cond_BD_or_gss.to(half)
         attn_bias = self.attn_bias_for_masking[:, :, :end, :end]
+        pending = None
         for block in self.blocks:
-            x_BLC = block(x_BLC, cond_BD_or_gss, attn_bias, patch_nums=self.patch_nums)
-        return x_BLC, cond_BD
+            x_BLC, pending = block(
+                x_BLC, cond_BD_or_gss, attn_bias, patch_nums=self.patch_nums, pending=pending, defer=True
+            )
+        return settle(x_BLC, pending), cond_BD
 
     def _zero(self) -> torch.Tensor:
         # word_embed has no part in the first scale; DistributedDataParallel wants a gradient, be it zero.
@@ -286,8 +289,10 @@ class VAR(TransformerHubMixin, nn.Module):
         f_hat_BChw = torch.zeros(B, self.Cvae, *(self.patch_nums[-1],) * 2, device=label_B.device)
         caches = [KVCache(self.L) for _ in self.blocks]
         for si, pn in enumerate(self.patch_nums):
+            pending = None
             for block, modulation, cache in zip(self.blocks, modulations, caches, strict=True):
-                x_RlC = block.forward_modulated(x_RlC, modulation, cache=cache)
+                x_RlC, pending = block.forward_modulated(x_RlC, modulation, cache=cache, pending=pending)
+            x_RlC = settle(x_RlC, pending)
             t = cfg * si / max(self.num_stages_minus_1, 1)
             if guided and t != 0:
                 cond_BlV, uncond_BlV = self.get_logits(x_RlC, cond_RD).chunk(2)
