@@ -49,11 +49,12 @@ class Case:
 @dataclass(frozen=True)
 class Implementation:
     """`call(*inputs)` runs the case. `expected(*inputs)` is what its result is held to; None: the reference's result.
-    `dtype` where it computes in another than the case's."""
+    `dtype` where it computes in another than the case's. `compiles`: the first call is no measure of the others."""
 
     call: Callable[..., Any]
     expected: Callable[..., Any] | None = None
     dtype: torch.dtype | None = None
+    compiles: bool = False
 
 
 Implementations = dict[str, Implementation | CannotRun]

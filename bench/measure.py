@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.case import CannotRun, Case, Implementation, Wrong
+from bench.case import CannotRun, Case, Implementation, Implementations, Wrong
 from bench.memory import peak_bytes
 from bench.nvml import joules
 from bench.peers.base import Peer
-from bench.rows import Row
+from bench.rows import Row, without_paths
 from bench.timing import Timed, interleave, synchronize
 from bench.work import floor_s
 from var_fast.errors import UserError
 
 EXPLAINS_ITSELF_S = 0.3
-"""A first call longer than this is its own estimate of the calls to come, unless others are far faster."""
+"""A first call longer than this is its own estimate of the calls to come, unless it compiles."""
 
 
 @dataclass
 class Method:
     """How long to measure: at least `least_rounds` rounds, `budget_s` seconds, and `times_warm_up` times what the first
-    calls took. A group that would end after `deadline` (of time.monotonic) gets fewer rounds, down to 2, or none.
-    `reference_in_half`: the plain modules run under autocast too."""
+    calls took (but not more than 12 rounds for that). A group that would end after `deadline` (of time.monotonic) gets
+    fewer rounds, down to 2, or none. `reference_in_half`: the plain modules run under autocast too, though they ran in
+    float32."""
 
     budget_s: float
     least_rounds: int
@@ -67,14 +68,14 @@ def measure(
 ) -> None:
     """Adds to `rows` those of `cases`, which differ in dtype only, for all that `peers` have; those that cannot run say
     why. Interrupted, it adds what has been timed so far."""
+    for peer in peers:
+        peer.begin()
     entries = _entries(cases, peers, rates, method)
     begin = time.monotonic()
     for entry in entries:
-        if entry.implementation is not None:
+        if entry.implementation is not None and time.monotonic() < method.deadline:
             on_step(f"{entry.row.implementation}, {entry.row.dtype}: check")
             _warm_up(entry, entries)
-            if time.monotonic() > method.deadline:
-                break
     for entry in entries:
         entry.result = None
     warm_up_s = time.monotonic() - begin
@@ -94,18 +95,20 @@ def measure(
                 [entry.timed for entry in ready],
                 cases[0].inputs,
                 cases[0].device,
-                max(method.budget_s, method.times_warm_up * warm_up_s),
+                max(method.budget_s, min(method.times_warm_up * warm_up_s, 12 * round_s)),
                 method.least_rounds,
                 deadline=method.deadline,
-                failure=_reason,
+                failure=reason,
                 on_round=lambda rounds: on_step(f"round {rounds}"),
             )
         finally:
-            seconds.timed += time.monotonic() - begin
             for entry in ready:
                 _fill_in(entry, ready)
             rows += [entry.row for entry in entries if entry.row.median_s is not None or entry.row.skipped]
+            seconds.timed += time.monotonic() - begin
+        begin = time.monotonic()
         _measure_energy(ready)
+        seconds.timed += time.monotonic() - begin
         return
     rows += [entry.row for entry in entries]
 
@@ -119,12 +122,15 @@ def _measure_energy(ready: list[_Entry]) -> None:
 
 
 def _entries(cases: Sequence[Case], peers: Sequence[Peer], rates: dict[str, Any], method: Method) -> list[_Entry]:
+    """Float32 first, the reference first of each type: the others are held to its results."""
+    cases = sorted(cases, key=lambda case: case.dtype != torch.float32)
+    in_float32 = cases[0].dtype == torch.float32
     entries: dict[tuple, _Entry] = {}
     for case in cases:
         for peer in peers:
-            for name, found in getattr(peer, case.suite)(case).items():
+            for name, found in _implementations(peer, case).items():
                 half = case.suite != "ops" and case.dtype != torch.float32
-                if name == "reference" and half and not method.reference_in_half:
+                if name == "reference" and half and in_float32 and not method.reference_in_half:
                     continue
                 implementation = found if isinstance(found, Implementation) else None
                 dtype = (implementation and implementation.dtype) or case.dtype
@@ -132,18 +138,25 @@ def _entries(cases: Sequence[Case], peers: Sequence[Peer], rates: dict[str, Any]
                     suite=case.suite,
                     case=case.name,
                     implementation=name,
-                    device=str(case.device),
+                    device=case.device.type,
                     dtype=str(dtype).removeprefix("torch."),
                     batch=case.batch,
                     images=case.images,
                     flops=sum(stage.flops for stage in case.work),
                     bytes=sum(stage.bytes for stage in case.work),
-                    skipped=str(found) if isinstance(found, CannotRun) else None,
+                    skipped=without_paths(str(found)) if isinstance(found, CannotRun) else None,
                 )
                 rate = rates["flops_per_s"].get(row.dtype)
                 row.floor_s = None if rate is None else floor_s(case.work, rate, rates["copy_bytes_per_s"])
                 entries.setdefault(row.key, _Entry(case, row, implementation))
     return list(entries.values())
+
+
+def _implementations(peer: Peer, case: Case) -> Implementations:
+    try:
+        return getattr(peer, case.suite)(case)
+    except Exception as error:  # other people's code may fail in any way while it is set up
+        return {peer.name: CannotRun(reason(error))}
 
 
 def _warm_up(entry: _Entry, entries: list[_Entry]) -> None:
@@ -157,18 +170,15 @@ def _warm_up(entry: _Entry, entries: list[_Entry]) -> None:
         estimate_s = time.perf_counter() - begin
         if implementation.expected is not None:
             case.check(entry.result, implementation.expected(*inputs))
-        elif (expected := _reference_result(entry, entries)) is not None:
-            case.check(entry.result, expected)
-        others = [other.timed.estimate_s for other in entries if other.timed is not None]
-        if estimate_s < EXPLAINS_ITSELF_S or estimate_s > 4 * min(others, default=estimate_s):
+        elif entry.row.implementation != "reference":
+            case.check(entry.result, _reference_result(entry, entries))
+        if estimate_s < EXPLAINS_ITSELF_S or implementation.compiles:
             # the first call may have compiled, or filled caches that stay: neither is memory of a call
             _, entry.row.peak_bytes = peak_bytes(lambda: implementation.call(*inputs), case.device)
             estimate_s = _estimate(entry)
         entry.timed = Timed(implementation.call, estimate_s)
     except Exception as error:
-        entry.row.skipped = _reason(error)
-        if entry.row.skipped is None:
-            raise
+        entry.row.skipped = reason(error)
 
 
 def _estimate(entry: _Entry) -> float:
@@ -186,24 +196,26 @@ def _estimate(entry: _Entry) -> float:
 
 
 def _reference_result(entry: _Entry, entries: list[_Entry]) -> Any:
-    """The result of the reference in the same type, else in the first type that it ran in."""
+    """The result of the reference in the same type, else in the first type that it ran in. Raises Wrong without one."""
     found = [other for other in entries if other.row.implementation == "reference" and other.result is not None]
     same = [other for other in found if other.case is entry.case]
-    reference = next(iter(same + found), None)
-    return None if reference is None or reference is entry else reference.result
+    if not found:
+        raise Wrong("not checked, for the reference did not run: no time for what may be wrong")
+    return (same + found)[0].result
 
 
-def _reason(error: Exception) -> str | None:
-    """Why an implementation is left out, in one line. None: a mistake of the benchmark's own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+def reason(error: Exception) -> str:
+    """Why something is left out, in one line without paths."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return "out of memory"
     if isinstance(error, CannotRun | Wrong | UserError):
-        return str(error)
+        return without_paths(text)
     # Other people's code, a compiler's included, may raise anything; the report goes on without it.
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:200]}"
+    first = (text.strip() or "no message").splitlines()[0]
+    return without_paths(f"{type(error).__name__}: {first[:200]}")
 
 
 def _fill_in(entry: _Entry, ready: list[_Entry]) -> None:

@@ -23,8 +23,11 @@ class Models:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a model that does not exist, before anything is built."""
-    if name not in PUBLISHED and name != "demo" and not (Path(name) / "config.json").is_file():
+    """Raises UserError for a model that cannot be measured, before anything is built."""
+    directory = Path(name)
+    if (directory / "config.json").is_file() and not (directory / "transformer.safetensors").is_file():
+        raise UserError(f"--models holds {name!r}, a tokenizer only, expected a transformer too")
+    if name not in PUBLISHED and name != "demo" and not (directory / "config.json").is_file():
         raise UserError(
             f"--models holds {name!r}, expected {', '.join(PUBLISHED)}, demo, or a directory with config.json"
         )
@@ -32,16 +35,20 @@ def check_name(name: str) -> None:
 
 def build(name: str, device: torch.device, vae_ckpt: Path | None = None, var_ckpt: Path | None = None) -> Models:
     """`name` on `device`, without drop path or dropped labels: these draw random numbers in an order of their own in
-    every implementation, and the results of a training step could not be compared."""
+    every implementation, and the results of a training step could not be compared.
+
+    Gates and head of random weights are as large as trained ones: with those that training begins with (1e-5, 0.02) a
+    block could be left out and no check of the results would see it.
+    """
     if name not in PUBLISHED or vae_ckpt is not None or var_ckpt is not None:
         loaded = load_both(name, vae_ckpt, var_ckpt)
         vae, var = loaded.vae.to(device), loaded.var.to(device)
     else:
-        vae, var = build_vae_var(device, **published_settings(name))
+        vae, var = build_vae_var(device, **published_settings(name), init_adaln_gamma=0.5, init_head=1.0)
     var.cond_drop_rate = 0.0
     for block in var.blocks:
         block.drop_path = torch.nn.Identity()
-    return Models(name, vae.eval(), var)
+    return Models(Path(name).name, vae.eval(), var)
 
 
 def published_settings(name: str) -> dict:

@@ -39,8 +39,7 @@ def measure(device: torch.device | str, dtypes: Sequence[torch.dtype]) -> dict[s
 
     Floors are ceilings of what is possible, so each rate is the best repetition of the best shape, not a median. A
     copy counts the bytes read and those written. Products are F.linear, also with weights packed by oneDNN, and 3x3
-    convolutions, which on some CPUs run faster, and which cuDNN runs in TF32 where they are float32. A dtype that this
-    device has no product of is left out.
+    convolutions, which on some CPUs run faster. A dtype that this device has no product of is left out.
     """
     device = torch.device(device)
     copied, copy_rate = _copy(device)
@@ -60,17 +59,16 @@ def fastest(
     seconds: float = SECONDS_A_DTYPE,
     clock: Callable[[Callable[[], Any], torch.device], float] = elapsed,
 ) -> tuple[str, float] | None:
-    """(name, operations a second) of the candidate with the best repetition. Ends after about `seconds`: each has one
-    call that is not counted and up to REPETITIONS that are, all of them where time allows."""
+    """(name, operations a second) of the candidate with the best repetition. Ends after about `seconds` of the calls
+    that count: the first of each candidate does not, for libraries load in it; then come up to REPETITIONS."""
     best, spent = None, 0.0
     for candidate in candidates:
         if best is not None and spent + candidate.flops / best[1] > seconds:
             continue
         try:
-            warm_up = clock(candidate.call, device)
+            clock(candidate.call, device)
         except RuntimeError:  # not on this device, or not in this dtype
             continue
-        spent += warm_up
         times = []
         while not times or (len(times) < REPETITIONS and spent + times[-1] < seconds):
             times.append(clock(candidate.call, device))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.output.content import commit, machine
 from bench.output.markdown import escape, markdown_table
 from bench.output.numbers import NONE, digits, images_per_s, seconds, spread, throughput
-from bench.rows import Report, Row
+from bench.rows import Report, Row, ratio_to
 from var_fast.errors import UserError
 from var_fast.images import whole_file
 
@@ -122,7 +122,7 @@ def _cells(row: Row, varying: list[str], are_images: bool, against: str, report:
     if row.median_s is None:
         return [*first, f"skipped: {row.skipped or 'no reason given'}", NONE, NONE, NONE]
     rate = digits(images_per_s(row)) if are_images else throughput(row, report.rates)
-    relative = 1.0 if row.implementation == against else row.ratio.get(against)
+    relative = ratio_to(row, against)
     return [*first, seconds(row.median_s), spread(row), rate, f"{1 / relative:.2f}" if relative else NONE]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from var_fast.errors import UserError
 
 SCHEMA = "var_fast benchmark report"
 VERSION = 1
+
+
+def without_paths(text: str) -> str:
+    """Of absolute paths only their last parts: a report goes to others."""
+    return re.sub(r"(?<![\w.~/-])(?:/[^\s/:,;'\"()]+)+", lambda found: found[0].rsplit("/", 1)[1], text)
 
 
 @dataclass
@@ -48,6 +54,13 @@ class Row:
     def key(self) -> tuple:
         """What makes two rows of two reports comparable."""
         return self.suite, self.case, self.implementation, self.device, self.dtype, self.batch
+
+
+def ratio_to(row: Row, peer: str) -> float | None:
+    """The row's ratio to `peer` in the same type, else to it in float32; 1 to itself, None where there is none."""
+    if row.implementation == peer:
+        return 1.0
+    return row.ratio.get(peer, row.ratio.get(f"{peer} float32"))
 
 
 @dataclass

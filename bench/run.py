@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -18,6 +19,7 @@ if __name__ == "__main__":
     # Python puts a script's own directory on the path; the modules are imported as bench.<name> from the one above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.rows import without_paths  # noqa: E402
 from var_fast.cli import run_app  # noqa: E402
 from var_fast.errors import UserError  # noqa: E402
 
@@ -86,7 +88,7 @@ def report(
     Prints tables; writes JSON, Markdown and plots. Ctrl-C ends it early and writes what is finished.
     """
     begin = time.monotonic()
-    from bench.models import check_name
+    from bench.models import PUBLISHED, check_name
     from bench.output.compare import print_comparison
     from bench.peers.base import load_peer
     from bench.plan import SUITES, plan_dtypes, plan_groups, plan_list, plan_numbers
@@ -98,8 +100,12 @@ def report(
     names = None if models is None else list(dict.fromkeys(name.strip() for name in models.split(",")))
     for name in names or ():
         check_name(name)
-    if (vae_ckpt or var_ckpt) and (names is None or len(names) != 1):
-        raise UserError("--vae-ckpt and --var-ckpt go with one model, expected --models with one name")
+    if vae_ckpt or var_ckpt:
+        if names is None or len(names) != 1 or names[0] not in PUBLISHED:
+            raise UserError("--vae-ckpt and --var-ckpt go with one published model, expected --models with its name")
+        for option, file in (("--vae-ckpt", vae_ckpt), ("--var-ckpt", var_ckpt)):
+            if file is None or not file.is_file():
+                raise UserError(f"{option} is {str(file)!r}, expected a file: a model needs both")
     groups = plan_groups(
         plan_list("--suite", None if suite == "all" else suite, SUITES),
         names,
@@ -112,6 +118,8 @@ def report(
     peers = [
         load_peer(text) for text in dict.fromkeys(["reference", "var_fast", *(defaults if peer is None else peer)])
     ]
+    if batch is not None and all(group.suite == "ops" for group in groups):
+        raise UserError("--batch goes with the suites tokenize, train and sample; operators have shapes of their own")
     old = None if compare is None else Report.read(compare)
     if json is not None:
         from var_fast.images import check_writable
@@ -130,11 +138,16 @@ def report(
 
     # cuDNN would round float32 to TF32, and be compared with what does not
     torch.backends.cudnn.allow_tf32 = False
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # events and kernels are recorded on the current device
+    notes = []
+    if chosen := os.environ.pop("VAR_FAST_BACKEND", None):
+        notes.append(f"VAR_FAST_BACKEND={chosen} was left aside: every implementation chooses its own backends")
     console = Console()
     with _progress(len(groups)) as progress, Watch(place) as watch:
         progress("measuring this device", 0)
         session = Session(
-            report=Report(environment=environment(place), rates={}, command=_command()),
+            report=Report(environment=environment(place), rates={}, command=_command(), notes=notes),
             device=place,
             dtypes=dtypes,
             peers=peers,
@@ -165,21 +178,20 @@ def report(
 
 
 def _make_directory(out: Path | None) -> Path:
+    from var_fast.images import check_writable
+
     directory = out or Path("runs/bench") / datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M%S")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out is {str(directory)!r}, which cannot be made: {error.strerror}") from None
+    check_writable(directory / "report.json")
     return directory
 
 
 def _command() -> str:
     """The command, fit for a file that others read: of a path, only its last part."""
-    words = []
-    for word in sys.argv[1:]:
-        option, equals, value = word.rpartition("=")
-        words.append(option + equals + (Path(value).name if "/" in value else value))
-    return shlex.join(["python", "bench/run.py", *words])
+    return shlex.join(["python", "bench/run.py", *map(without_paths, sys.argv[1:])])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from bench.machine import last_level_cache_bytes
-from bench.measure import Method, Seconds, measure
+from bench.measure import Method, Seconds, measure, reason
 from bench.models import Models, build
 from bench.output.markdown import write_markdown
 from bench.output.plots import plots_problem, write_plots
@@ -20,11 +20,12 @@ from bench.output.table import print_report
 from bench.peers.base import Peer
 from bench.plan import Group
 from bench.quality import quality_rows
-from bench.rows import Report, Row
+from bench.rows import Report, Row, without_paths
 from bench.suites import ops, sample, tokenize, train
 from bench.timeline import record
 from var_fast import Sampler
 from var_fast.engine.sampler import DTYPES
+from var_fast.errors import UserError
 from var_fast.ops.backend import FAST_BACKENDS
 
 
@@ -41,34 +42,47 @@ class Session:
     spent: Seconds
     progress: Callable[[str, int], None]
     _models: Models | None = None
+    _name: str = ""
+    _unwritten: set[Path] = field(default_factory=set)
 
     def run(self, groups: Sequence[Group]) -> None:
-        """Measures `groups`; then the quality gate and the time line where images were sampled."""
-        for done, group in enumerate(groups):
-            title = " ".join(filter(None, (group.suite, group.model, group.batch and f"batch {group.batch}")))
-            for cases in self._cases(group):
-                what = cases[0].name if group.suite == "ops" else title
-                on_step = partial(self._show, what, done)
-                measure(cases, self.peers, self.report.rates, self.method, self.spent, self.report.rows, on_step)
-                self._write()
+        """The quality gate first, where images are sampled; then `groups`, then the time line of an image. What fails
+        leaves a note, and the rest goes on."""
         sampled = [group.model for group in groups if group.suite == "sample"]
         if sampled:
-            self.progress("time line of one image", len(groups))
-            self._record_timeline(sampled[-1])
-            self.progress("quality gate", len(groups))
-            self._pass_gate()
+            self._show("quality gate", 0)
+            self._try("quality gate", self._pass_gate)
+        for done, group in enumerate(groups):
+            title = " ".join(filter(None, (group.suite, group.model, group.batch and f"batch {group.batch}")))
+            self._try(title, partial(self._run_group, group, title, done))
+            self._write()
+        if sampled:
+            self._show("time line of one image", len(groups))
+            self._try("time line", partial(self._record_timeline, sampled[-1]))
+
+    def _run_group(self, group: Group, title: str, done: int) -> None:
+        for cases in self._cases(group):
+            what = cases[0].name if group.suite == "ops" else title
+            on_step = partial(self._show, what, done)
+            measure(cases, self.peers, self.report.rates, self.method, self.spent, self.report.rows, on_step)
             self._write()
 
-    def _show(self, what: str, done: int, step: str) -> None:
-        self.progress(f"{what}: {step}", done)
+    def _try(self, what: str, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except Exception as error:
+            self.report.notes.append(f"{what} failed: {reason(error)}")
+
+    def _show(self, what: str, done: int, step: str = "") -> None:
+        self.progress(f"{what}: {step}" if step else what, done)
 
     def _cases(self, group: Group):
         """Lists of cases that differ in dtype only."""
         if group.suite == "ops":
-            cache, size = last_level_cache_bytes(self.device), "quick" if self.quick else "full"
-            by_dtype = [ops.cases(self.device, dtype, size, cache_bytes=cache) for dtype in self.dtypes]
-            for same in zip(*by_dtype):
-                for case in same:  # one at a time: their inputs are large, and are of the case's type
+            # one at a time: their inputs are large, and are of the case's type
+            cache, size = last_level_cache_bytes(self.device), "full" if self.device.type == "cuda" else "quick"
+            for dtype in self.dtypes:
+                for case in ops.cases(self.device, dtype, size, cache_bytes=cache):
                     yield [case]
             alone = [name for name, backends in FAST_BACKENDS.items() if not backends]
             if alone:
@@ -81,14 +95,15 @@ class Session:
         elif group.suite == "train":
             if cases := train.cases(*common):
                 yield cases
+            train.forget_moments()
         else:
             yield tokenize.cases(*common, decode=False)
             yield tokenize.cases(*common, decode=True)
 
     def _build(self, name: str) -> Models:
         """One model at a time: the large ones fill the memory."""
-        if self._models is None or self._models.name != name:
-            self._models = None
+        if self._name != name:
+            self._models, self._name = None, name
             torch.manual_seed(0)
             self._models = build(name, self.device, *self.checkpoints)
         return self._models
@@ -102,27 +117,44 @@ class Session:
 
     def _pass_gate(self) -> None:
         modes = [("var_fast", name, "auto") for name, dtype in DTYPES.items() if dtype in self.dtypes]
-        images = 16 if self.quick else 64
+        images = 12 if self.quick else 64
         self.report.quality = quality_rows(modes, [i % 75 for i in range(images)], list(range(images)), self.device)
+        for row in self.report.quality:
+            row["skipped"] = row["skipped"] and without_paths(row["skipped"])
 
     def _write(self) -> None:
         for file in self.files:
-            self.report.write(file)
+            try:
+                self.report.write(file)
+            except OSError as error:
+                if not self._unwritten:
+                    self.report.notes.append(f"{file.name} could not be written: {error.strerror}")
+                self._unwritten.add(file)
+            else:
+                self._unwritten.discard(file)
 
     def finish(self, begin: float, directory: Path, console: Console) -> None:
-        """Writes everything and prints the tables; `begin` by time.monotonic()."""
+        """Writes everything and prints the tables; `begin` by time.monotonic(). Raises UserError if the report could
+        not be written, after it has been printed."""
+        plots: list[Path] = []
         if problem := plots_problem():
             self.report.notes.append(problem)
         if note := _restless(self.report.rows):
             self.report.notes.append(note)
-        plots = write_plots(self.report, directory)
+        self._add_up(begin)  # first without the plots: they may be interrupted, too
+        self._try("drawing", lambda: plots.extend(write_plots(self.report, directory)))
+        self._add_up(begin)
+        self._try("report.md", lambda: write_markdown(self.report, directory / "report.md", plots))
+        print_report(console, self.report)
+        if self._unwritten:
+            raise UserError(f"{next(iter(self._unwritten))}: the report could not be written")
+        console.print(f"{len(self.report.rows)} rows; report: {directory / 'report.md'}", soft_wrap=True)
+
+    def _add_up(self, begin: float) -> None:
         total = time.monotonic() - begin
         spent = dict(total=total, timed=self.spent.timed, warm_up=self.spent.warm_up)
-        self.report.seconds = {**spent, "other": total - sum(spent[part] for part in ("timed", "warm_up"))}
+        self.report.seconds = {**spent, "other": total - self.spent.timed - self.spent.warm_up}
         self._write()
-        write_markdown(self.report, directory / "report.md", plots)
-        print_report(console, self.report)
-        console.print(f"{len(self.report.rows)} rows; report: {directory / 'report.md'}", soft_wrap=True)
 
 
 def _restless(rows: Sequence[Row]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,10 +61,12 @@ def interleave(
     """Fills in the samples: at least `least_rounds` rounds, then more until `budget_s` is spent. After `deadline` (of
     time.monotonic) 2 rounds are enough.
 
-    Each round begins with another implementation; each call takes the next set of `inputs`. `failure(error)` gives the
-    reason to leave an implementation out, None to raise. KeyboardInterrupt leaves whole rounds only.
+    Each round has an order of its own, the same in every run; each call takes the next set of `inputs`.
+    `failure(error)` gives the reason to leave an implementation out, None to raise. KeyboardInterrupt leaves whole
+    rounds only.
     """
     runs = [(one, _samples(one, inputs, device)) for one in timed]
+    order = random.Random(0)
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -72,9 +75,8 @@ def interleave(
         while rounds < most_rounds and (rounds < least_rounds or time.perf_counter() - begin < budget_s):
             if rounds >= 2 and time.monotonic() > deadline:
                 break
-            turn = rounds % len(runs)
             found = []
-            for one, sample in runs[turn:] + runs[:turn]:
+            for one, sample in order.sample(runs, len(runs)):
                 if one.failed is None:
                     try:
                         found.append((one, sample()))

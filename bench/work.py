@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.backends import use_backend
 from bench.case import Stage
 from var_fast import VAR, VQVAE
 
@@ -76,9 +77,9 @@ def _coder_flops(config: str) -> tuple[float, float]:
         side = vae.quantize.v_patch_nums[-1]
         image_13HW = torch.empty(1, 3, side * vae.downsample, side * vae.downsample)
         f_hat_1Chw = torch.empty(1, vae.Cvae, side, side)
-    with FlopCounterMode(display=False) as encoder:
+    with use_backend("reference"), FlopCounterMode(display=False) as encoder:
         vae.encode(image_13HW)
-    with FlopCounterMode(display=False) as decoder:
+    with use_backend("reference"), FlopCounterMode(display=False) as decoder:
         vae.fhat_to_img(f_hat_1Chw)
     saved = 0
     for level in reversed(vae.decoder.up):

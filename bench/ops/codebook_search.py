@@ -69,4 +69,4 @@ def compare(result, expected, dtype):
     check_nearest("idx", result, expected, dtype)
 
 
-OPERATORS = [Operator("codebook_search", SHAPES, make, work, compare, exact=exact)]
+OPERATORS = [Operator("codebook_search", SHAPES, make, work, compare, exact=exact, float32_only=True)]

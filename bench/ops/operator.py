@@ -24,7 +24,8 @@ class Operator:
 
     make(shape, dtype, device, generator) -> (args, kwargs) for the operator; random, fresh at every call.
     work(shape, dtype, backward) -> stages: operations of matrix units, and bytes: each input read once, each output
-    written once. differentiable: positions in args that get a gradient; () = forward only.
+    written once. differentiable: positions in args that get a gradient; () = forward only. float32_only: the models
+    never call it in a half type, which would choose other codes.
     compare(result, expected, dtype) raises bench.case.Wrong; `expected` is what `exact` returns for the arguments in
     float64; None: it is the operator's reference. in_place: positions in args that the operator changes; a call of the
     benchmark gives it a copy, and the result is then (result, changed, ...).
@@ -36,6 +37,7 @@ class Operator:
     work: Callable[[dict[str, Any], torch.dtype, bool], list[Stage]]
     compare: Callable[[Any, Any, torch.dtype], None]
     differentiable: tuple[int, ...] = ()
+    float32_only: bool = False
     in_place: tuple[int, ...] = ()
     exact: Callable[..., Any] | None = None
 

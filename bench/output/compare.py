@@ -10,7 +10,7 @@ from rich.text import Text
 from bench.output.content import one_line
 from bench.output.numbers import NONE, seconds, times
 from bench.output.table import grid, widths_of
-from bench.rows import Report, Row
+from bench.rows import Report, Row, ratio_to
 
 LEAST = 0.05
 """A change of less than this is none."""
@@ -70,14 +70,21 @@ def _value(environment: dict[str, Any], name: str) -> str:
 
 
 def change(old: Row, new: Row, times_count: bool) -> Change:
-    """Both rows are measured. Without a ratio to the reference there is a verdict only if `times_count`."""
-    then, now = old.ratio.get("reference"), new.ratio.get("reference")
-    relative = bool(then and now and new.implementation != "reference")
-    factor = then / now if relative else new.median_s / old.median_s
+    """Both rows are measured. The verdict is by the ratio to the reference, and by the time if `times_count`."""
+    then, now = (ratio_to(row, "reference") for row in (old, new))
     least = max(LEAST, _spread(old), _spread(new))
-    if max(factor, 1 / factor) - 1 <= least or not (relative or times_count):
-        return Change(factor, relative, "")
-    return Change(factor, relative, "slower" if factor > 1 else "faster")
+    factors = [(then / now, True)] if then and now and new.implementation != "reference" else []
+    # a change of what both share slows both: only the time shows it
+    factors += [(new.median_s / old.median_s, False)] if times_count or not factors else []
+    for factor, relative in factors:
+        if max(factor, 1 / factor) - 1 > least and (relative or times_count):
+            return Change(factor, relative, "slower" if factor > 1 else "faster")
+    return Change(*factors[0], "")
+
+
+def _against_reference(row: Row) -> str:
+    ratio = None if row.implementation == "reference" else ratio_to(row, "reference")
+    return times(ratio) if ratio else NONE
 
 
 def _spread(row: Row) -> float:
@@ -104,14 +111,14 @@ def _print_both(console: Console, both: list[tuple[Row, Row]], times_count: bool
     console.print(
         Text(
             f"{len(both)} rows in both: {counts} by more than 5% and more than the p10-p90 spread of either report, "
-            f"by the ratio to the reference{', or by the time where there is none' if times_count else ''}"
+            f"by the ratio to the reference{' or by the time' if times_count else ''}"
         )
     )
 
 
 def _line(then: Row, now: Row) -> list[str]:
     """The cells under HEADER."""
-    old, new = (times(row.ratio["reference"]) if row.ratio.get("reference") else NONE for row in (then, now))
+    old, new = (_against_reference(row) for row in (then, now))
     change_of_time = f"{now.median_s / then.median_s:.2f}"
     return [now.implementation, seconds(then.median_s), seconds(now.median_s), change_of_time, old, new]
 

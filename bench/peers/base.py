@@ -24,6 +24,13 @@ class Peer:
     def __init__(self, path: Path | None = None):
         self.path = path
 
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def begin(self) -> None:
+        """Called before each group of cases; what was kept for earlier ones may go."""
+
     def sample(self, case: Case) -> Implementations:
         return {}
 

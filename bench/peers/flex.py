@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 
 from bench.case import CannotRun, Case, Implementations
 from bench.peers import base
+from bench.peers.compile import forget_compiled
 from bench.peers.sdpa import scale_of_token
 from bench.suites.ops import as_implementation
-
-MOST_SHAPES = 256
 
 
 class Peer(base.Peer):
     """On a GPU with mode max-autotune, but no CUDA graph: as it would run inside a model."""
+
+    def begin(self) -> None:
+        forget_compiled()
 
     def ops(self, case: Case) -> Implementations:
         if case.subject.operator.name != "scale_attention":
             return {}
         if problem := _problem(case):
             return {"flex": CannotRun(problem)}
-        return {"flex": as_implementation(case, _compiled(case))}
+        return {"flex": replace(as_implementation(case, _compiled(case)), compiles=True)}
 
 
 def _problem(case: Case) -> str | None:
@@ -36,11 +39,8 @@ def _problem(case: Case) -> str | None:
 
 
 def _compiled(case: Case):
-    # torch.compile gives up on a function after 8 shapes and, without fullgraph, runs it uncompiled in silence
-    import torch._dynamo
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     q_BLHD, _, _, patch_nums, _ = case.inputs[0][0]
     L, device = q_BLHD.shape[1], q_BLHD.device
     scale_L = scale_of_token(patch_nums, device)

@@ -6,8 +6,8 @@ import contextlib
 import importlib
 import io
 import sys
+import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +29,12 @@ class Peer(base.Peer):
         super().__init__(path)
         if not (path / "models" / "var.py").is_file():
             raise UserError(f"--peer published={path}: expected {self.path_help}")
-        self._models: tuple[Models, nn.Module, nn.Module] | None = None  # of the last case: ours, theirs
+        # of the last case: ours, theirs. Weakly, for a model that is no longer measured should leave the memory
+        self._models: tuple[weakref.ref[Models], nn.Module, nn.Module] | None = None
+
+    def begin(self) -> None:
+        if self._models is not None and self._models[0]() is None:
+            self._models = None
 
     def sample(self, case: Case) -> Implementations:
         subject, ours = case.subject, case.subject.models.var
@@ -45,59 +50,50 @@ class Peer(base.Peer):
             with use_backend("reference"):
                 return images(ours, labels, seeds)
 
-        return self._implementations(case, lambda vae, var: lambda *inputs: images(var, *inputs), expected)
+        return self._implementations(case, lambda vae, var, cast: cast(lambda *inputs: images(var, *inputs)), expected)
 
     def train(self, case: Case) -> Implementations:
-        def build(vae, var):
-            forward = var.forward
-
+        def build(vae, var, cast):
             def loss(label_B, x_BLCv_wo_first_l, target_BL):
                 var.train()
-                logits_BLV = forward(label_B, x_BLCv_wo_first_l)
+                logits_BLV = var(label_B, x_BLCv_wo_first_l)
                 return F.cross_entropy(logits_BLV.flatten(0, 1), target_BL.flatten())
 
-            return step(var, loss)
+            return step(var, cast(loss))
 
-        return self._implementations(case, build)
+        # not in float16, which would need its loss scaled
+        return self._implementations(case, build, half=case.dtype)
 
     def tokenize(self, case: Case) -> Implementations:
-        def build(vae, var):
+        def build(vae, var, cast):
             def run(images):
                 if case.subject.decode:
                     return vae.img_to_reconstructed_img(images, last_one=True)
                 return vae.img_to_idxBl(images)
 
-            return torch.no_grad()(run)
+            return cast(torch.no_grad()(run))
 
         return self._implementations(case, build)
 
-    def _implementations(self, case: Case, build, expected=None) -> Implementations:
-        """`published` for float32, `published-autocast` in the notebook's type for a half type."""
+    def _implementations(self, case: Case, build, expected=None, half: torch.dtype | None = None) -> Implementations:
+        """`published` for float32; for a half type `published-autocast`, in the notebook's type unless `half` is
+        given."""
         if case.dtype == torch.float32:
-            name, dtype, cast = "published", torch.float32, nullcontext
+            name, dtype, cast = "published", torch.float32, lambda function: function
         else:
-            name = "published-autocast"
-            dtype = torch.float16 if case.device.type == "cuda" else torch.bfloat16
-
-            def cast():
-                return torch.autocast(case.device.type, dtype=dtype)
-
+            name, dtype = "published-autocast", half or (torch.float16 if case.device.type == "cuda" else torch.bfloat16)
+            cast = torch.autocast(case.device.type, dtype=dtype)
         try:
-            call = build(*self._build(case))
+            call = build(*self._build(case), cast)
         except CannotRun as reason:
             return {name: reason}
-
-        def run(*inputs):
-            with cast():
-                return call(*inputs)
-
         # what a half type makes is compared as a whole, for which the reference's own images do
-        return {name: Implementation(run, expected if dtype == torch.float32 else None, dtype)}
+        return {name: Implementation(call, expected if dtype == torch.float32 else None, dtype)}
 
     def _build(self, case: Case) -> tuple[nn.Module, nn.Module]:
         """The published models with the weights (the same memory) of the case's."""
         ours: Models = case.subject.models
-        if self._models is None or self._models[0] is not ours:
+        if self._models is None or self._models[0]() is not ours:
             self._models = None
             if ours.name not in PUBLISHED:
                 raise CannotRun(f"the published code has no model {ours.name!r}")
@@ -107,7 +103,7 @@ class Peer(base.Peer):
             var.cond_drop_rate = 0.0
             for block in var.blocks:
                 block.drop_path = nn.Identity()
-            self._models = ours, vae.eval(), var.eval()
+            self._models = weakref.ref(ours), vae.eval(), var.eval()
         return self._models[1:]
 
     def _import(self, device: torch.device, settings: dict) -> tuple[nn.Module, nn.Module]:

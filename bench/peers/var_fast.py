@@ -1,4 +1,7 @@
-"""What this project is: the modules as users get them, and every fast backend of every operator."""
+"""What this project is: the modules as users get them, and every fast backend of every operator.
+
+bench/run.py takes VAR_FAST_BACKEND out of the environment, so that each operator runs what "auto" chooses.
+"""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _token_check(dtype: torch.dtype):
 
 
 def _image_check(dtype: torch.dtype):
-    most = 1e-3 if dtype == torch.float32 else 0.1
+    most = 1e-4 if dtype == torch.float32 else 0.1
 
     def check(result, expected) -> None:
         error = relative_error(result, expected)

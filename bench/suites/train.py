@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.case import Case, Wrong
 from bench.models import Models
+from bench.suites.checks import relative_error
 from bench.work import train_work
 
 INPUT_SETS = 2
@@ -59,9 +60,10 @@ def cases(models: Models, device: torch.device, dtypes: Sequence[torch.dtype], b
 
 
 def step(module: nn.Module, loss: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """A training step of `module`: inputs -> (loss, norm of the gradient), both without gradient.
+    """A training step of `module`: inputs -> (loss, norms of the gradients of all its parameters), without gradient.
 
-    The learning rate is 0: AdamW does all its work, and every implementation finds the same weights at every step.
+    The learning rate is 0: AdamW does all its work, and every implementation finds the same weights at every step. The
+    result raises Wrong before the optimizer sees a gradient that is not finite, which would spoil them.
     """
     parameters = list(module.parameters())
     if module not in _optimizers:
@@ -69,14 +71,26 @@ def step(module: nn.Module, loss: Callable[..., torch.Tensor]) -> Callable[..., 
     optimizer = _optimizers[module]
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        value = loss(*inputs)
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach(), norm.detach()
+        try:
+            value = loss(*inputs)
+            value.backward()
+            gradients = [p.grad for p in parameters]
+            norms_P = torch.stack(torch._foreach_norm(gradients))  # as clip_grad_norm_ does, which returns their norm
+            norm = norms_P.norm()
+            torch._foreach_mul_(gradients, (CLIP / (norm + 1e-6)).clamp(max=1.0))
+            if not norm.isfinite():
+                raise Wrong("the gradient is not finite")
+            optimizer.step()
+            return value.detach(), norms_P
+        finally:  # what a step that broke off has left would be added to the next one's
+            optimizer.zero_grad(set_to_none=True)
 
     return run
+
+
+def forget_moments() -> None:
+    """Twice the size of the weights, that suites to come may need."""
+    _optimizers.clear()
 
 
 def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -98,7 +112,15 @@ def _similar_step(result, expected) -> None:
 
 
 def _compare(result, expected, tolerance: float) -> None:
-    for what, found, right in zip(("loss", "gradient's norm"), result, expected):
-        error = abs(found.double() / right.double() - 1).item()
+    (loss, norms_P), (right_loss, right_norms_P) = result, expected
+    differences = {
+        "loss": abs(loss.double() / right_loss.double() - 1).item(),
+        "gradient": relative_error(norms_P, right_norms_P),
+    }
+    for what, error in differences.items():
         if not error <= tolerance:
             raise Wrong(f"the {what} differs from the reference's by {error:.1e}, more than {tolerance:.0e}")
+    # a part whose gradient is small has no weight in the whole: each must at least be there
+    off_P = (norms_P.double() - right_norms_P.double()).abs() > 0.5 * right_norms_P.double()
+    if off_P.any():
+        raise Wrong(f"the gradients of {int(off_P.sum())} of {len(off_P)} parameters are far from the reference's")

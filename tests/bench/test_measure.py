@@ -117,3 +117,46 @@ def test_an_interrupt_keeps_the_rounds_that_were_timed():
     with pytest.raises(KeyboardInterrupt):
         measure([make_case()], [Toy(reference=Implementation(interrupt))], RATES, Method(9.0, 100), Seconds(), rows)
     assert rows[0].median_s == pytest.approx(0.005, rel=0.5) and 1 < rows[0].samples < 40
+
+
+def test_without_a_reference_nothing_has_a_time():
+    def fill(value):
+        raise MemoryError
+
+    rows, _ = run(Toy(reference=Implementation(fill)), Toy(fast=sleeper(0.001)))
+    assert rows["reference", "float32"].skipped == "out of memory"
+    assert "not checked" in rows["fast", "float32"].skipped and rows["fast", "float32"].median_s is None
+
+
+def test_a_half_type_alone_is_held_to_the_reference_in_it():
+    method = Method(0.0, 3, reference_in_half=False)
+    peers = [Toy(reference=sleeper(0.001)), Toy(fast=sleeper(0.001, result=2))]
+    rows, _ = run(*peers, cases=[make_case(torch.bfloat16)], method=method)
+    assert rows["reference", "bfloat16"].median_s > 0 and rows["fast", "bfloat16"].skipped == "2 is not 1"
+    rows, _ = run(*peers, cases=[make_case(torch.bfloat16), make_case()], method=method)
+    assert {row.skipped for row in rows.values() if row.implementation == "fast"} == {"2 is not 1"}
+
+
+def test_a_peer_that_fails_while_it_is_set_up_is_a_row_without_its_paths():
+    class Broken(Peer):
+        name = "broken"
+
+        def sample(self, case):
+            raise AssertionError("no such file: /home/somebody/VAR/models/var.py")
+
+    rows, _ = run(Toy(reference=sleeper(0.001)), Broken())
+    assert rows["broken", "float32"].skipped == "AssertionError: no such file: var.py"
+    assert rows["reference", "float32"].median_s > 0
+
+
+def test_a_compiling_first_call_is_neither_estimate_nor_memory():
+    calls = []
+
+    def compiled(value):
+        calls.append(torch.ones(2**24 if not calls else 1))  # 64 MiB in the first
+        time.sleep(0.4 if len(calls) == 1 else 0.005)
+        return 1
+
+    rows, _ = run(Toy(reference=sleeper(0.005)), Toy(compile=Implementation(compiled, compiles=True)))
+    row = rows["compile", "float32"]
+    assert row.median_s == pytest.approx(0.005, rel=0.4) and (row.peak_bytes is None or row.peak_bytes < 2**23)

@@ -194,7 +194,7 @@ def test_a_new_backend_appears_by_being_registered(monkeypatch):
     monkeypatch.setattr(var_fast.ops, "adaln_modulate", operator)
     monkeypatch.setitem(FAST_BACKENDS, "adaln_modulate", {})
     assert load_peer("var_fast").ops(forward("adaln_modulate")) == {}
-    monkeypatch.setitem(FAST_BACKENDS, "adaln_modulate", {"triton": ("cpu",), "native": ("cuda",)})
+    monkeypatch.setitem(FAST_BACKENDS, "adaln_modulate", {"triton": ("cpu", "cuda"), "native": ("cuda",)})
     for case in small("adaln_modulate"):
         found = load_peer("var_fast").ops(case)
         assert list(found) == ["triton", "native"]

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import bench.peers
+from bench import models as models_module
+from bench.case import Wrong
 from bench.measure import Method, Seconds, measure
 from bench.models import build
 from bench.peers import published
@@ -17,6 +19,15 @@ from var_fast.errors import UserError
 
 CPU = torch.device("cpu")
 RATES = {"flops_per_s": {"float32": 1e11}, "copy_bytes_per_s": 1e10}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # two that wait for each other beside other work take many times as long
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +153,57 @@ def test_importing_published_code_leaves_torch_as_it_was(tmp_path):
 def test_load_peer_wants_what_it_needs():
     with pytest.raises(UserError, match="expected one of compile"):
         load_peer("nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["skipped block", "no attention", "no FFN"])
+def test_random_weights_let_no_block_go_missing(broken, monkeypatch):
+    # gates of 1e-5 and a head of 0.02, with which training begins, would hide all of these
+    with monkeypatch.context() as patch:
+        patch.setattr(models_module, "published_settings", lambda name: small_settings())
+        models = build("d16", CPU)
+
+    class Broken(type(load_peer("var_fast"))):
+        def sample(self, case):
+            return self._broken(super().sample(case))
+
+        def train(self, case):
+            return self._broken(super().train(case))
+
+        def _broken(self, implementations):
+            call, block = implementations["var_fast"].call, models.var.blocks[1]
+
+            def run(*inputs):
+                with monkeypatch.context() as patch:
+                    if broken == "skipped block":
+                        patch.setattr(block, "forward_modulated", lambda x, *_, pending=None, **__: (x, pending))
+                    elif broken == "no attention":
+                        patch.setattr(block.attn, "forward", lambda x, *_, **__: torch.zeros_like(x))
+                    else:
+                        patch.setattr(block.ffn, "forward", torch.zeros_like)
+                    return call(*inputs)
+
+            return {"broken": type(implementations["var_fast"])(run)}
+
+    for cases in (sample.cases(models, CPU, [torch.float32], 1), train.cases(models, CPU, [torch.float32], 1)):
+        rows = []
+        measure(
+            cases, [load_peer("reference"), load_peer("var_fast"), Broken()], RATES, Method(0.0, 2), Seconds(), rows
+        )
+        reference, ours, wrong = rows
+        assert ours.skipped is None and wrong.implementation == "broken"
+        assert wrong.median_s is None and wrong.skipped, (broken, cases[0].suite)
+
+
+def small_settings():
+    return dict(depth=4, patch_nums=(1, 2, 3, 4), num_classes=10, attn_l2_norm=True, ch=32, V=256)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(demo):
+    case = train.cases(demo, CPU, [torch.float32], 1)[0]
+    step = train.step(demo.var, lambda *inputs: demo.var.loss(*inputs)[0] * float("nan"))
+    before = demo.var.head.weight.detach().clone()
+    with pytest.raises(Wrong, match="not finite"):
+        step(*case.inputs[0])
+    assert torch.equal(demo.var.head.weight, before)
+    assert all(p.grad is None for p in demo.var.parameters())

@@ -40,7 +40,7 @@ def test_the_best_repetition_of_the_best_candidate_counts():
 
 
 def test_time_ends_the_repetitions_and_leaves_out_what_is_larger():
-    seconds = {"small": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], "large": [1.0], "medium": [0.2, 0.1, 0.1]}
+    seconds = {"small": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], "large": [1.0], "medium": [0.2] + [0.1] * 6}
     candidates = [
         Candidate("small", 1.0, lambda: "small"),
         Candidate("large", 10.0, lambda: "large"),

@@ -90,7 +90,7 @@ def test_an_interrupt_writes_what_is_finished(tmp_path, how):
         (["--compare", "/nowhere.json"], "/nowhere.json: cannot be read"),
         (["--json", "/nowhere/x.json"], "/nowhere/x.json"),
         (["--out", "/proc/nowhere"], "--out is '/proc/nowhere'"),
-        (["--vae-ckpt", "x.pth"], "--vae-ckpt and --var-ckpt go with one model"),
+        (["--vae-ckpt", "x.pth"], "--vae-ckpt and --var-ckpt go with one published model"),
         (["--rounds", "1"], "--rounds"),
         (["--nonsense"], "--nonsense"),
     ],

@@ -18,13 +18,16 @@ def recorder(name, log, seconds=0.0):
     return call
 
 
-def test_each_round_begins_with_another_and_calls_rotate_the_inputs():
+def test_each_round_has_an_order_of_its_own_and_calls_rotate_the_inputs():
     log = []
-    timed = [Timed(recorder(name, log), estimate_s=1.0) for name in "ab"]
-    interleave(timed, [(0,), (1,), (2,)], CPU, budget_s=0, least_rounds=4)
-    assert [name for name, _ in log] == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert [value for name, value in log if name == "a"] == [0, 1, 2, 0]
-    assert [len(one.samples_s) for one in timed] == [4, 4]
+    timed = [Timed(recorder(name, log), estimate_s=1.0) for name in "abc"]
+    interleave(timed, [(0,), (1,), (2,)], CPU, budget_s=0, least_rounds=20)
+    rounds = ["".join(name for name, _ in log[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    followed = {turn[i : i + 2] for turn in rounds for i in range(2)}
+    assert followed == {"ab", "ac", "ba", "bc", "ca", "cb"}  # none always comes after the same other
+    assert [value for name, value in log if name == "a"][:4] == [0, 1, 2, 0]
+    assert [len(one.samples_s) for one in timed] == [20, 20, 20]
 
 
 def test_short_calls_share_a_sample_and_seconds_are_a_call():
