@@ -225,9 +225,10 @@ class AdaLNBeforeHead(nn.Module):
     def __init__(self, C: int, D: int, norm_layer: Callable[..., nn.Module]):
         super().__init__()
         self.C, self.D = C, D
+        self.norm_backend = "auto"
         self.ln_wo_grad = norm_layer(C, elementwise_affine=False)
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * C))
 
     def forward(self, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
         scale_BC, shift_BC = self.ada_lin(cond_BD).view(-1, 2, self.C).expand(x_BLC.shape[0], -1, -1).unbind(1)
-        return adaln_modulate(x_BLC, scale_BC, shift_BC, self.ln_wo_grad.eps)
+        return adaln_modulate(x_BLC, scale_BC, shift_BC, self.ln_wo_grad.eps, backend=self.norm_backend)

@@ -26,7 +26,8 @@ class VAR(TransformerHubMixin, nn.Module):
     """Decoder-only transformer with adaptive layer norm over the token maps of a tokenizer.
 
     The tokenizer `vae_local` is kept out of the parameters and of the state dict (`vae_proxy`). `patch_nums` are the
-    sides of the scales, L = sum(pn^2) tokens in all, C = `embed_dim`, V = the tokenizer's codes.
+    sides of the scales, L = sum(pn^2) tokens in all, C = `embed_dim`, V = the tokenizer's codes. `flash_if_available`
+    and `fused_if_available` False: attention with its norm, or the other operators, stay on their references.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class VAR(TransformerHubMixin, nn.Module):
         mask_LL = torch.zeros(self.L, self.L).masked_fill_(hidden_LL, -torch.inf)
         self.register_buffer("attn_bias_for_masking", mask_LL.view(1, 1, self.L, self.L).contiguous())
         self.head_nm = AdaLNBeforeHead(self.C, self.D, norm_layer=norm_layer)
+        self.fused_backend = self.head_nm.norm_backend = "auto" if fused_if_available else "reference"
         self.head = nn.Linear(self.C, self.V)
 
     @property
@@ -177,7 +179,14 @@ class VAR(TransformerHubMixin, nn.Module):
         h_BLC, cond_BD = self._features(label_B, x_BLCv_wo_first_l)
         h_BLC = self.head_nm(h_BLC.float(), cond_BD.float()).float()
         loss, loss_S, accuracy_S = scale_cross_entropy(
-            h_BLC, self.head.weight, self.head.bias, target_BL, token_weight_BL, label_smoothing, self.patch_nums
+            h_BLC,
+            self.head.weight,
+            self.head.bias,
+            target_BL,
+            token_weight_BL,
+            label_smoothing,
+            self.patch_nums,
+            backend=self.fused_backend,
         )
         return (loss + self._zero() if self.prog_si == 0 else loss), loss_S, accuracy_S
 

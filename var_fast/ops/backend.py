@@ -21,15 +21,18 @@ CHOICES = ("auto", "reference", "triton", "native")
 FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "adaln_modulate": {"triton": ("cuda",)},
     "residual_adaln_modulate": {"triton": ("cuda",)},
-    "qk_norm": {},
-    "scale_attention": {},
-    "codebook_search": {},
-    "multiscale_quantize": {},
-    "scale_cross_entropy": {},
+    "qk_norm": {"triton": ("cuda",)},
+    "scale_attention": {"triton": ("cuda",)},
+    "codebook_search": {"triton": ("cuda",)},
+    "multiscale_quantize": {"triton": ("cuda",)},
+    "scale_cross_entropy": {"triton": ("cuda",)},
     "sample_tokens": {"native": ("cpu",)},
     "pyramid_update": {},
-    "group_norm_silu": {},
+    "group_norm_silu": {"triton": ("cuda",)},
 }
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not imported: that takes a second
 
 
 class BackendUnavailable(UserError):
@@ -46,12 +49,9 @@ def native_problem() -> str | None:
     return None
 
 
-@cache
 def triton_problem() -> str | None:
     """Why Triton kernels cannot be used, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run: pip install triton"
-    return None
+    return None if _HAS_TRITON else "triton is not installed; run: pip install triton"
 
 
 def triton_interprets() -> bool:
