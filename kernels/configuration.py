@@ -21,3 +21,5 @@ class Configuration:
     matrix: bool = False
     divisible_by_16: tuple[str, ...] = field(default=())
     """Integer arguments that are multiples of 16 in this configuration (pointers always are)."""
+    targets: tuple[int, ...] = (80, 90, 100)
+    """Compute capabilities that it is launched on; it is compiled for no other."""

@@ -18,10 +18,10 @@ def run(*arguments, script=ROOT / "bench" / "compile_report.py"):
 @pytest.mark.slow
 def test_no_kernel_spills_and_matrix_kernels_use_tensor_cores(tmp_path):
     file = tmp_path / "report.json"
-    done = run("--json", file)
+    done = run("--json", file, "--targets", "90")  # all three: make compile-report, some minutes
     rows = json.loads(file.read_text())
     assert done.returncode == 0, [row for row in rows if row["problem"]]
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["target"] for row in rows} == {"sm_90"}
     assert all(row["registers"] > 0 and row["stack"] == 0 for row in rows)
     assert all(row["tensor_core_instructions"] > 0 for row in rows if row["matrix"])
 

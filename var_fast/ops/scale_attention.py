@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from var_fast.ops.backend import choose_backend
+from var_fast.ops.backend import BackendUnavailable, choose_backend
+from var_fast.ops.library import register
+
+HEAD_SIZES = (32, 64, 96, 128)
+"""Channels of a head that the Triton kernels are made for."""
 
 
 def scale_attention_reference(q_BLHD, k_BLHD, v_BLHD, patch_nums, softmax_scale):
@@ -40,6 +45,9 @@ def scale_attention(
     """softmax(softmax_scale q k^T + mask) v, the mask open from a token to its own and all earlier scales.
 
     Shapes: q, k, v, result (B, L, H, D); L = sum(pn * pn) of `patch_nums` or of a prefix (progressive training).
+    Under autocast all three are taken in its type. Triton takes float16, bfloat16 and float32 (its products in
+    TensorFloat-32 only where torch.backends.cuda.matmul.allow_tf32) and D of 32, 64, 96 or 128; with backend "auto"
+    the reference does the rest.
     Raises ValueError where L ends inside a scale, BackendUnavailable where a named backend cannot run.
     """
     L, ends = q_BLHD.shape[1], [0]
@@ -52,5 +60,87 @@ def scale_attention(
             f"q, k, v have shapes {tuple(q_BLHD.shape)}, {tuple(k_BLHD.shape)}, {tuple(v_BLHD.shape)}: "
             "expected the same"
         )
-    choose_backend("scale_attention", q_BLHD.device, backend)
+    if choose_backend("scale_attention", q_BLHD.device, backend) == "triton":
+        q_BLHD, k_BLHD, v_BLHD = _as_under_autocast(q_BLHD, k_BLHD, v_BLHD)
+        problem = _triton_problem(q_BLHD, k_BLHD, v_BLHD, softmax_scale)
+        if problem is None:
+            return _triton(q_BLHD, k_BLHD, v_BLHD, ends[1 : ends.index(L) + 1], float(softmax_scale))[0]
+        if "triton" in (backend, os.environ.get("VAR_FAST_BACKEND") if backend == "auto" else None):
+            raise BackendUnavailable(f"scale_attention: backend 'triton' cannot run here: {problem}")
     return scale_attention_reference(q_BLHD, k_BLHD, v_BLHD, patch_nums, softmax_scale)
+
+
+def _as_under_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """In autocast's type, where it is on: what it does to scaled_dot_product_attention's arguments."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _triton_problem(q_BLHD, k_BLHD, v_BLHD, softmax_scale) -> str | None:
+    """Why the Triton kernels cannot take these arguments, or None."""
+    if q_BLHD.shape[-1] not in HEAD_SIZES:
+        return f"D = {q_BLHD.shape[-1]} channels a head, expected one of {', '.join(map(str, HEAD_SIZES))}"
+    dtypes = {q_BLHD.dtype, k_BLHD.dtype, v_BLHD.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
+        return f"q, k, v are {', '.join(sorted(map(str, dtypes)))}, expected one type of float16, bfloat16 and float32"
+    if not softmax_scale > 0:
+        return f"softmax_scale is {softmax_scale}, expected a positive number"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- Triton, autograd
+def _run(q_BLHD, k_BLHD, v_BLHD, ends, softmax_scale):
+    from var_fast.kernels import scale_attention as kernel
+
+    return kernel.forward(q_BLHD, k_BLHD, v_BLHD, ends, softmax_scale)
+
+
+def _run_backward(do_BLHD, q_BLHD, k_BLHD, v_BLHD, o_BLHD, lse_BHL, ends, softmax_scale):
+    from var_fast.kernels import scale_attention as kernel
+
+    return kernel.backward(do_BLHD, q_BLHD, k_BLHD, v_BLHD, o_BLHD, lse_BHL, ends, softmax_scale)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake(q_BLHD, k_BLHD, v_BLHD, ends, softmax_scale):
+    B, L, H, _ = q_BLHD.shape
+    return _like(q_BLHD), q_BLHD.new_empty(B, H, L, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    q_BLHD, k_BLHD, v_BLHD, ctx.ends, ctx.softmax_scale = inputs
+    o_BLHD, lse_BHL = output
+    ctx.mark_non_differentiable(lse_BHL)
+    ctx.save_for_backward(q_BLHD, k_BLHD, v_BLHD, o_BLHD, lse_BHL)
+
+
+def _backward(ctx, do_BLHD, _):
+    gradients = _backward_triton(do_BLHD, *ctx.saved_tensors, ctx.ends, ctx.softmax_scale)
+    return *gradients, None, None
+
+
+_triton = register(
+    "scale_attention_triton",
+    "(Tensor q_BLHD, Tensor k_BLHD, Tensor v_BLHD, int[] ends, float softmax_scale) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    backward=_backward,
+    setup_context=_save,
+)
+_backward_triton = register(
+    "scale_attention_backward_triton",
+    "(Tensor do_BLHD, Tensor q_BLHD, Tensor k_BLHD, Tensor v_BLHD, Tensor o_BLHD, Tensor lse_BHL, int[] ends,"
+    " float softmax_scale) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda do_BLHD, q_BLHD, k_BLHD, v_BLHD, o_BLHD, lse_BHL, ends, softmax_scale: (
+        _like(q_BLHD),
+        _like(k_BLHD),
+        _like(v_BLHD),
+    ),
+)
