@@ -12,10 +12,10 @@ DEMO_LABELS := face-smiling,cat-face,heart,country-flag,time,person,keycap,food-
 DEMO_OPTIONS := --model demo --labels $(DEMO_LABELS) --seeds 0-15 --cfg 3 --top-k 100 --top-p 0.7
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-report gpu-check clean
+.PHONY: help demo test lint bench bench-report compile-report gpu-check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)-run  ## sample 16 images from the model in this package into demo.png
 	@$(BIN)/var-fast sample $(DEMO_OPTIONS) --out demo.png
@@ -33,6 +33,9 @@ bench: $(STAMP)-bench  ## each operator on small shapes, by pytest-benchmark (BE
 
 bench-report: $(STAMP)-bench  ## the throughput report of this machine (BENCH="--suite sample ..." for options)
 	$(BIN)/python bench/run.py $(BENCH)
+
+compile-report: $(STAMP)-test  ## registers, spills, shared memory, tensor-core use of all Triton kernels, without a GPU
+	$(BIN)/python bench/compile_report.py
 
 gpu-check:  ## build with the python3 at hand (no network needed), run the tests marked gpu, write gpu_check.json
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -15,7 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +84,17 @@ def compile_one(configuration, target: int) -> Compiled:
     return found
 
 
+_jobs: list = []  # a kernel cannot be sent to another process, which has them all from its start
+
+
+def _take(jobs: list) -> None:
+    _jobs[:] = jobs
+
+
+def _compile(number: int) -> Compiled:
+    return compile_one(*_jobs[number])
+
+
 def _read(cubin: bytes) -> tuple[str, str]:
     """(resource usage, disassembly), by the tool that Triton brings along."""
     import triton
@@ -127,7 +140,9 @@ def main(
         raise typer.Exit(2)
     console = Console(stderr=True)
     jobs = [(one, target) for one in chosen for target in wanted if target in one.targets]
-    found = [compile_one(*job) for job in track(jobs, "compiling", console=console, disable=not console.is_terminal)]
+    with ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_take, initargs=(jobs,)) as pool:
+        running = pool.map(_compile, range(len(jobs)))
+        found = list(track(running, "compiling", len(jobs), console=console, disable=not console.is_terminal))
     table = Table(Column("kernel", overflow="fold"), "target", "regs", "stack", "shared", "mma", "problem", box=None)
     for one in found:
         numbers = (one.registers, one.stack, one.shared, one.tensor_core_instructions)
