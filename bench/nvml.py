@@ -123,6 +123,9 @@ class Watch:
         return sorted(grown | set(after.get("throttle_reasons") or ()))
 
     def to_json(self) -> dict[str, Any]:
+        """`throttled`: why the GPU ran slower than it could; or only the `problem`, why nothing is known."""
+        if "problem" in self.before:
+            return {"problem": self.before["problem"]}
         return {"before": self.before, "after": self.after, "throttled": self.throttled}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ class Peer(base.Peer):
 
     def __init__(self, path: Path):
         super().__init__(path)
+        # at every training step, about names of torch that it uses
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"models\.")
         if not (path / "models" / "var.py").is_file():
             raise UserError(f"--peer published={path}: expected {self.path_help}")
         # of the last case: ours, theirs. Weakly, for a model that is no longer measured should leave the memory

@@ -113,11 +113,7 @@ def test_a_calm_run_is_not_flagged_nor_a_cpu(monkeypatch, cuda):
     assert watch.throttled == []
     with nvml.Watch("cpu") as watch:
         pass
-    assert watch.to_json() == {
-        "before": {"problem": "cpu is no NVIDIA device"},
-        "after": {"problem": "cpu is no NVIDIA device"},
-        "throttled": [],
-    }
+    assert watch.to_json() == {"problem": "cpu is no NVIDIA device"}
 
 
 def test_the_state_after_an_interrupted_run_is_kept(monkeypatch, cuda):
