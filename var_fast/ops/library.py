@@ -19,8 +19,8 @@ def register(
     """The operator torch.ops.var_fast.<name>, which is returned.
 
     `schema` without the name, "(Tensor x) -> Tensor"; `run` computes, without gradient; `fake` makes empty results of
-    the right shapes. `backward(ctx, *grads)` and `setup_context(ctx, inputs, output)` as torch.library.register_autograd
-    takes them; without them there is no gradient.
+    the right shapes. `backward(ctx, *grads)` and `setup_context(ctx, inputs, output)` as
+    torch.library.register_autograd takes them; without them there is no gradient.
     """
     # Not torch.library.custom_op: its wrapper costs 0.2 ms a call and imports torch._dynamo (seconds) at the first.
     qualified = f"var_fast::{name}"
