@@ -118,7 +118,7 @@ def nearest(
     # z out of the range that the bound is for (infinite, NaN, or so short that z^2 underflows) is searched again, too
     settled = (tl.min(second, axis=1) > limit) & (row_least > float("-inf")) & (limit < float("inf"))
     if COSINE:
-        settled = settled & (z_norm > 1e-15)  # else 1e-7 |e|^2 and 2e-36 in the bound are enough
+        settled = settled & (z_norm > 1e-15)  # of distances, the bound's last two terms cover such z
     exact_z = z.to(tl.float64)
 
     candidates = (least <= limit[:, None]) & (settled & inside)[:, None]
