@@ -16,6 +16,9 @@ import torch
 LEAST_SAMPLE_S = {"cpu": 5e-3, "cuda": 2e-3}
 """A sample shorter than this holds several calls, or the clock and the launch would be part of what is measured."""
 
+REST_S = 5e-3
+"""Before a sample on a CPU: OpenMP's threads spin for a while after the call before, and would slow those of this one."""
+
 
 @dataclass
 class Timed:
@@ -103,4 +106,9 @@ def _samples(one: Timed, inputs: Sequence[tuple], device: torch.device) -> Calla
         for _ in range(calls):
             one.call(*next(turn))
 
-    return lambda: elapsed(run, device) / calls
+    def sample() -> float:
+        if device.type == "cpu":
+            time.sleep(REST_S)
+        return elapsed(run, device) / calls
+
+    return sample
