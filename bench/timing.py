@@ -17,7 +17,7 @@ LEAST_SAMPLE_S = {"cpu": 5e-3, "cuda": 2e-3}
 """A sample shorter than this holds several calls, or the clock and the launch would be part of what is measured."""
 
 REST_S = 5e-3
-"""Before a sample on a CPU: OpenMP's threads spin for a while after the call before, and would slow those of this one."""
+"""Before a sample on a CPU: OpenMP's threads spin for a while after the call before, and would slow this one's."""
 
 
 @dataclass
