@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import bench.peers
@@ -42,6 +45,16 @@ class Peer:
 
     def ops(self, case: Case) -> Implementations:
         return {}
+
+
+@contextmanager
+def on_path(path: Path) -> Iterator[None]:
+    """What is imported inside may come from `path`."""
+    sys.path.insert(0, str(path))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
 
 
 def peer_names() -> list[str]:

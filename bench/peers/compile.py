@@ -36,7 +36,7 @@ class Peer(base.Peer):
 
     def train(self, case: Case) -> Implementations:
         var = case.subject.models.var
-        return self._compiled(case, lambda: (modules.train(case, lambda *a: var.loss(*a)), [(var, "loss")]))
+        return self._compiled(case, lambda: (modules.train(case), [(var, "loss")]))
 
     def tokenize(self, case: Case) -> Implementations:
         vae = case.subject.models.vae

@@ -7,12 +7,10 @@ scale. Its results are checked like any other's before they get a time.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -60,32 +58,9 @@ class Peer(base.Peer):
         return attend
 
     def _import(self):
-        with _at_its_best(), _on_path(self.path):
+        # with this variable, when imported, it offers Triton its whole list of tile sizes to choose from
+        with patch.dict(os.environ, TRITON_AUTO_TUNING="1"), base.on_path(self.path):
             try:
                 return importlib.import_module("attn.block_sparse_attn_interface")
             except Exception as error:  # it runs Triton's decorators, which may raise anything
                 raise CannotRun(f"the HMAR attention does not import: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _at_its_best() -> Iterator[None]:
-    """The variable by which that code, when imported, offers Triton its whole list of tile sizes to choose from."""
-    name = "TRITON_AUTO_TUNING"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _on_path(path: Path) -> Iterator[None]:
-    sys.path.insert(0, str(path))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(path))

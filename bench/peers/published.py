@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -110,15 +109,12 @@ class Peer(base.Peer):
         return self._models[1:]
 
     def _import(self, device: torch.device, settings: dict) -> tuple[nn.Module, nn.Module]:
-        sys.path.insert(0, str(self.path))
         try:
             # without what it prints
-            with contextlib.redirect_stdout(io.StringIO()), _initialisation_kept():
+            with base.on_path(self.path), contextlib.redirect_stdout(io.StringIO()), _initialisation_kept():
                 return importlib.import_module("models").build_vae_var(device=device, **settings)
         except ImportError as error:
             raise CannotRun(f"the published code does not import: {error}") from error
-        finally:
-            sys.path.remove(str(self.path))
 
 
 @contextlib.contextmanager

@@ -32,15 +32,14 @@ def sample(case: Case) -> Callable:
     return run
 
 
-def train(case: Case, loss: Callable | None = None) -> Callable:
+def train(case: Case) -> Callable:
     """A step of VAR.loss under autocast."""
     var = case.subject.models.var
-    loss = loss or var.loss
 
     def value(label_B, x_BLCv_wo_first_l, target_BL):
         var.train()
         with autocast(case):
-            return loss(label_B, x_BLCv_wo_first_l, target_BL)[0]
+            return var.loss(label_B, x_BLCv_wo_first_l, target_BL)[0]
 
     return step(var, value)
 

@@ -159,6 +159,7 @@ def test_load_peer_wants_what_it_needs():
 @pytest.mark.parametrize("broken", ["skipped block", "no attention", "no FFN"])
 def test_random_weights_let_no_block_go_missing(broken, monkeypatch):
     # gates of 1e-5 and a head of 0.02, with which training begins, would hide all of these
+    torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(models_module, "published_settings", lambda name: small_settings())
         models = build("d16", CPU)
@@ -185,7 +186,8 @@ def test_random_weights_let_no_block_go_missing(broken, monkeypatch):
 
             return {"broken": type(implementations["var_fast"])(run)}
 
-    for cases in (sample.cases(models, CPU, [torch.float32], 1), train.cases(models, CPU, [torch.float32], 1)):
+    # 240 tokens in all: of the 30 of one image it may be that none is drawn differently
+    for cases in (sample.cases(models, CPU, [torch.float32], 8), train.cases(models, CPU, [torch.float32], 8)):
         rows = []
         measure(
             cases, [load_peer("reference"), load_peer("var_fast"), Broken()], RATES, Method(0.0, 2), Seconds(), rows
