@@ -4,6 +4,7 @@ import shutil
 import site
 import sys
 import sysconfig
+from glob import glob
 from importlib.machinery import PathFinder
 
 from setuptools import find_packages, setup
@@ -61,12 +62,12 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "var_fast._C",
-            sources=["csrc/bindings.cpp", "csrc/cpu/sample_tokens.cpp"],
-            depends=["csrc/ops.h"],
+            sources=["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
             cxx_std=17,
             # no contraction to fused multiply-add: products round as they do in the PyTorch references
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread", "-fopenmp"],
+            extra_link_args=["-pthread", "-fopenmp"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

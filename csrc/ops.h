@@ -5,6 +5,8 @@
 
 namespace var_fast {
 
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
 // Draws one index per row from guided, filtered logits; cond and uncond are (rows, V), u and index are (rows).
 // uncond == nullptr: no guidance. Needs V > 0, top_k >= 0, top_p in [0, 1], u in [0, 1).
 // Returns -1, or the lowest row whose guided logits are not finite (index is then unspecified).
