@@ -2,6 +2,7 @@
 // so this file needs pybind11 alone, and builds in seconds.
 #include <pybind11/pybind11.h>
 
+#include "engine_bindings.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -31,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
           py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
           py::arg("threads"));
+    var_fast::bind_engine(m);
 }

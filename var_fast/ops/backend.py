@@ -29,6 +29,7 @@ FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "sample_tokens": {"native": ("cpu",)},
     "pyramid_update": {},
     "group_norm_silu": {"triton": ("cuda",)},
+    "sampling_loop": {"native": ("cpu", "cuda")},  # not an operator: var_fast/engine decides by it
 }
 
 
@@ -47,6 +48,13 @@ def native_problem() -> str | None:
     except ImportError as error:
         return f"the extension var_fast._C is not built or does not load ({error}); run: pip install -e ."
     return None
+
+
+def cuda_problem() -> str | None:
+    """Why the compiled extension cannot compute on CUDA, or None if it can."""
+    from var_fast import _C
+
+    return None if getattr(_C, "has_cuda", lambda: False)() else "built without CUDA; with nvcc run: pip install -e ."
 
 
 def triton_problem() -> str | None:
@@ -106,4 +114,6 @@ def _problem(op: str, backend: str, device_type: str) -> str | None:
         return f"{op} has no {backend} implementation in this version"
     if device_type not in devices:
         return f"implemented for {', '.join(devices)} only"
-    return native_problem() if backend == "native" else triton_problem()
+    if backend == "triton":
+        return triton_problem()
+    return native_problem() or (cuda_problem() if device_type == "cuda" else None)
