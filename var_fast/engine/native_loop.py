@@ -11,7 +11,7 @@ from torch import nn
 
 from var_fast.engine.mixed_codes import mixed_codes
 from var_fast.engine.native_model import native_model, weights_version
-from var_fast.engine.options import SamplingOptions
+from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.engine.python_loop import Keep
 from var_fast.models import VAR, VQVAE, VectorQuantizer2
 from var_fast.models.autoencoder import (
@@ -53,8 +53,8 @@ class NativeLoop:
     def sample_with(self, run, label_B: torch.Tensor, seed_B: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
         """As `sample`, in the buffers of `run`."""
         if options.more_smooth:
-            *_, image = self._steps(run, label_B, options.cfg, self._draw(run, seed_B, options))
-            return image()
+            steps = self._steps(run, label_B, options.cfg, self._draw(run, seed_B, options))
+            return final_image(steps, len(self.var.patch_nums))
         with named_errors():
             return run.sample(label_B, seed_B, *options[:3], stream(label_B.device))
 
@@ -65,10 +65,10 @@ class NativeLoop:
         with self.run(len(label_B), options.cfg) as run:
             yield from self._steps(run, label_B, options.cfg, self._draw(run, seed_B, options, keep))
 
-    def drawn_by(self, label_B: torch.Tensor, cfg: float, draw: Draw) -> Iterator[Callable[[], torch.Tensor]]:
-        """As `steps`, but `draw` picks the tokens."""
+    def sample_drawn_by(self, label_B: torch.Tensor, cfg: float, draw: Draw) -> torch.Tensor:
+        """As `sample`, but `draw` picks the tokens."""
         with self.run(len(label_B), cfg) as run:
-            yield from self._steps(run, label_B, cfg, draw)
+            return final_image(self._steps(run, label_B, cfg, draw), len(self.var.patch_nums))
 
     def _steps(self, run, label_B: torch.Tensor, cfg: float, draw: Draw) -> Iterator[Callable[[], torch.Tensor]]:
         run.begin(label_B, cfg, stream(label_B.device))

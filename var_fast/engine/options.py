@@ -1,8 +1,11 @@
-"""SamplingOptions: what a request to a sampler says beside labels and seeds."""
+"""SamplingOptions: what a request to a sampler says beside labels and seeds; and what its steps come to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import torch
 
 
 class SamplingOptions(NamedTuple):
@@ -13,3 +16,11 @@ class SamplingOptions(NamedTuple):
     top_k: int = 900
     top_p: float = 0.96
     more_smooth: bool = False
+
+
+def final_image(steps: Iterator[Callable[[], torch.Tensor]], scales: int) -> torch.Tensor:
+    """The images after the last of the `scales` steps of a loop."""
+    for done, image in enumerate(steps, start=1):
+        if done == scales:  # decoded before the loop goes on and gives its buffers away
+            images_B3HW = image()
+    return images_B3HW

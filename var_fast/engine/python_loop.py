@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from var_fast.engine.mixed_codes import TOKEN_STREAM, mixed_codes
-from var_fast.engine.options import SamplingOptions
+from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.engine.philox import uniforms
 from var_fast.models import VAR
 from var_fast.models.var import check_finite
@@ -26,8 +26,7 @@ class PythonLoop:
 
     def sample(self, label_B: torch.Tensor, seed_B: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1]."""
-        *_, image = self.steps(label_B, seed_B, options)
-        return image()
+        return final_image(self.steps(label_B, seed_B, options), len(self.var.patch_nums))
 
     def steps(
         self,

@@ -66,10 +66,10 @@ class Sampler:
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
-        self._loop = choose_loop(var, self.dtype)
+        self.loop = choose_loop(var, self.dtype)
         self._graphs = None
-        if self.device.type == "cuda" and isinstance(self._loop, NativeLoop):
-            self._graphs = Graphs(self._loop, max_batch)
+        if self.device.type == "cuda" and isinstance(self.loop, NativeLoop):
+            self._graphs = Graphs(self.loop, max_batch)
 
     def sample(
         self,
@@ -87,7 +87,7 @@ class Sampler:
         not for metrics). Raises UserError for arguments out of range and for logits that are not finite.
         """
         options = SamplingOptions(cfg, top_k, top_p, more_smooth)
-        make = (self._graphs or self._loop).sample
+        make = (self._graphs or self.loop).sample
         return torch.cat([make(*part, options) for part in self._parts(labels, seeds, options)])
 
     def stream(
@@ -101,7 +101,7 @@ class Sampler:
     ) -> Iterator[torch.Tensor]:
         """As `sample`, but yields the images after each scale; the last are the finished ones."""
         options = SamplingOptions(cfg, top_k, top_p, more_smooth)
-        parts = [self._loop.steps(*part, options) for part in self._parts(labels, seeds, options)]
+        parts = [self.loop.steps(*part, options) for part in self._parts(labels, seeds, options)]
         # One part at a time would hold back the first images, so all parts advance together.
         for images in zip(*parts, strict=True):
             yield torch.cat([image() for image in images])

@@ -261,8 +261,7 @@ class VAR(TransformerHubMixin, nn.Module):
 
         native = self._native_loop()
         if native is not None:
-            *_, image = native.drawn_by(label_B, cfg, draw)
-            return image().to(native.dtype)
+            return native.sample_drawn_by(label_B, cfg, draw).to(native.dtype)
 
         def guide_and_draw(si, cond_BlV, uncond_BlV, t):
             return draw(si, cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV)

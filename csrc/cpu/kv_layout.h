@@ -1,0 +1,46 @@
+// Where qk_norm leaves queries, keys and values for scale_attention: in the order in which the kernels read them.
+//
+// D is padded to a multiple of 32 (Dp), the capacity to one of 32 keys; one image's head is one slice of a cache.
+//   q   (R, H, l rounded up to 16, Dp)     times log2(e): the softmax is taken in powers of two; rows after l are unset
+//   float32   K [16 keys][Dp][16]          a product's 16 keys lie in one vector
+//             V [key][Dp]
+//   bfloat16  K [16 keys][Dp / 2][16][2]   two neighbours of the dimension that a product sums over share 32 bits, as
+//             V [key / 2][Dp][2]           vdpbf16ps and the tile products want it
+// In both, the words that belong to one step of the sum are contiguous: product kernels see K and V as the same thing.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../ops.h"
+
+namespace var_fast::cpu {
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t padded_D(int64_t D) { return round_up(D, 32); }
+inline int64_t padded_keys(int64_t keys) { return round_up(keys, 32); }
+inline int64_t padded_queries(int64_t l) { return round_up(l, 16); }
+inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+using bf16 = uint16_t;  // the upper half of a float's bits
+
+__attribute__((always_inline)) inline float to_float(float x) { return x; }
+__attribute__((always_inline)) inline float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// To nearest, ties to even; a NaN keeps its upper bits and stays one.
+__attribute__((always_inline)) inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t nan = (bits >> 16) | 0x40;
+    return static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+}
+__attribute__((always_inline)) inline void store(float x, float* to) { *to = x; }
+__attribute__((always_inline)) inline void store(float x, bf16* to) { *to = to_bf16(x); }
+
+}  // namespace var_fast::cpu
