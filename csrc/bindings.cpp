@@ -2,6 +2,7 @@
 // so this file needs pybind11 alone, and builds in seconds.
 #include <pybind11/pybind11.h>
 
+#include "cpu/isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -24,6 +25,22 @@ int64_t sample_tokens(uintptr_t cond, uintptr_t uncond, bool is_double, int64_t 
     return is_double ? run(double{}) : run(float{});
 }
 
+template <typename T>
+T* writable(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+var_fast::Type type_of(int type) { return static_cast<var_fast::Type>(type); }
+
+void cpu_residual_adaln_modulate(uintptr_t x, uintptr_t branch, int branch_type, uintptr_t gate, uintptr_t scale,
+                                 uintptr_t shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
+                                 uintptr_t y, int y_type, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::residual_adaln_modulate(writable<float>(x), pointer<void>(branch), type_of(branch_type),
+                                           pointer<float>(gate), pointer<float>(scale), pointer<float>(shift), stride,
+                                           M, R, L, C, eps, writable<void>(y), type_of(y_type), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -31,4 +48,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
           py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
           py::arg("threads"));
+    m.def("cpu_residual_adaln_modulate", &cpu_residual_adaln_modulate, py::arg("x"), py::arg("branch"),
+          py::arg("branch_type"), py::arg("gate"), py::arg("scale"), py::arg("shift"), py::arg("stride"), py::arg("M"),
+          py::arg("R"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("y"), py::arg("y_type"),
+          py::arg("threads"));
+    m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
 }

@@ -14,4 +14,13 @@ template <typename T>
 int64_t sample_tokens(const T* cond, const T* uncond, int64_t rows, int64_t V, double guidance, int64_t top_k,
                       double top_p, const double* u, int64_t* index, int threads);
 
+namespace cpu {
+
+// x (R, L, C) in place: x += gate * branch, (R, L, C) of branch_type (nullptr: x stays as it is); then
+// y = LN(x) * (1 + scale) + shift. Image r takes row min(r, M - 1) of gate, scale and shift, `stride` floats apart.
+void residual_adaln_modulate(float* x, const void* branch, Type branch_type, const float* gate, const float* scale,
+                             const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
+                             void* y, Type y_type, int threads);
+
+}  // namespace cpu
 }  // namespace var_fast

@@ -1,0 +1,75 @@
+"""The native CPU operators by address against float64: `python -m tests.ops.native_checks` checks them all.
+
+test_native_isa.py runs it once for every instruction set, which the extension reads from the environment only once.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from var_fast import _C
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def address(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def error(found, right):
+    right = right.double()
+    return ((found.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
+
+
+def check(name, found, right, dtype=torch.float32):
+    assert torch.isfinite(found).all(), name
+    assert error(found, right) < TOLERANCE[dtype], (name, error(found, right))
+
+
+def residual_adaln_modulate(x, branch, gate, scale, shift, y, *, stride, M, threads=2, eps=1e-6):
+    R, L, C = x.shape
+    branch_type = 0 if branch is None else TYPES[branch.dtype]
+    modulation = address(gate), address(scale), address(shift), stride
+    _C.cpu_residual_adaln_modulate(
+        address(x), address(branch), branch_type, *modulation, M, R, L, C, eps, address(y), TYPES[y.dtype], threads
+    )
+
+
+def check_residual_adaln_modulate():
+    """All modulations lie interleaved in one array; the last row serves every image after it."""
+    g = torch.Generator().manual_seed(1)
+    for R, M, L, C in [(1, 1, 1, 1), (2, 2, 3, 5), (5, 3, 7, 37), (4, 1, 2, 64), (3, 2, 40, 200)]:
+        for branch_type, y_type in itertools.product([None, *TYPES], TYPES):
+            x = torch.randn(R, L, C, generator=g) + 5 * torch.randn(R, L, 1, generator=g)
+            branch = None if branch_type is None else torch.randn(R, L, C, generator=g).to(branch_type)
+            modulation = torch.randn(M, 3, C, generator=g)
+            gate, scale, shift = modulation.unbind(1)
+            row = torch.arange(R).clamp_max(M - 1)
+            right_x = x.double()
+            if branch is not None:
+                right_x = right_x + branch.double() * gate.double()[row, None]
+            normed = F.layer_norm(right_x, (C,), eps=1e-6)
+            right_y = normed * (1 + scale.double()[row, None]) + shift.double()[row, None]
+            before, y = x.clone(), torch.empty(R, L, C, dtype=y_type)
+            residual_adaln_modulate(x, branch, gate if branch is not None else None, scale, shift, y, stride=3 * C, M=M)
+            check("adaln x", x, right_x)
+            check(f"adaln y {R, M, L, C}", y, right_y, y_type)
+            assert branch is not None or torch.equal(x, before)
+    # a mean a thousand times the deviation: the statistics lose nothing that float32 x still holds
+    x = 1000 + torch.randn(2, 3, 500, generator=g)
+    scale, shift, y = torch.zeros(2, 500), torch.zeros(2, 500), torch.empty(2, 3, 500)
+    right_y = F.layer_norm(x.double(), (500,), eps=1e-6)
+    residual_adaln_modulate(x, None, None, scale, shift, y, stride=500, M=2)
+    check("adaln with a large mean", y, right_y)
+
+
+CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
+
+if __name__ == "__main__":
+    for one in CHECKS:
+        one()
+    print(_C.cpu_isa(), *(one.__name__ for one in CHECKS))
