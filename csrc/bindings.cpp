@@ -41,6 +41,11 @@ void cpu_residual_adaln_modulate(uintptr_t x, uintptr_t branch, int branch_type,
                                            M, R, L, C, eps, writable<void>(y), type_of(y_type), threads);
 }
 
+void cpu_gelu(uintptr_t x, int type, int64_t n, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::gelu(writable<void>(x), type_of(type), n, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -52,5 +57,6 @@ PYBIND11_MODULE(_C, m) {
           py::arg("branch_type"), py::arg("gate"), py::arg("scale"), py::arg("shift"), py::arg("stride"), py::arg("M"),
           py::arg("R"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("y"), py::arg("y_type"),
           py::arg("threads"));
+    m.def("cpu_gelu", &cpu_gelu, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("threads"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
 }

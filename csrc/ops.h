@@ -22,5 +22,8 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
                              const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
                              void* y, Type y_type, int threads);
 
+// GELU, tanh form, in place.
+void gelu(void* x, Type type, int64_t n, int threads);
+
 }  // namespace cpu
 }  // namespace var_fast

@@ -67,6 +67,23 @@ def check_residual_adaln_modulate():
     check("adaln with a large mean", y, right_y)
 
 
+def check_gelu():
+    g = torch.Generator().manual_seed(2)
+    for n, dtype in itertools.product([1, 15, 16, 1000, 40_001], TYPES):
+        x = (3 * torch.randn(n, generator=g)).to(dtype)
+        right = F.gelu(x.double(), approximate="tanh")
+        _C.cpu_gelu(address(x), TYPES[dtype], n, 2)
+        check(f"gelu {n}", x, right, dtype)
+        limit = 1e-6 if dtype == torch.float32 else 2**-8  # of each value, but where float32 or the tail loses digits
+        assert ((x.double() - right).abs() <= limit * right.abs() + 1e-6).all()
+    x = torch.tensor([-1e38, -1e30, -1e3, -60.0, -0.0, 0.0, 60.0, 1e3, 1e30, torch.nan])
+    right = F.gelu(x.double(), approximate="tanh").float()
+    for dtype in TYPES:
+        found = x.to(dtype)
+        _C.cpu_gelu(address(found), TYPES[dtype], len(x), 1)
+        torch.testing.assert_close(found, right.to(dtype), equal_nan=True, atol=1e-6, rtol=1e-2)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 if __name__ == "__main__":
