@@ -46,6 +46,13 @@ void cpu_gelu(uintptr_t x, int type, int64_t n, int threads) {
     var_fast::cpu::gelu(writable<void>(x), type_of(type), n, threads);
 }
 
+void cpu_group_norm_silu(uintptr_t x, int x_type, uintptr_t weight, uintptr_t bias, int64_t B, int64_t hw, int64_t C,
+                         int64_t groups, float eps, bool silu, uintptr_t y, int y_type, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::group_norm_silu(pointer<void>(x), type_of(x_type), pointer<float>(weight), pointer<float>(bias), B,
+                                   hw, C, groups, eps, silu, writable<void>(y), type_of(y_type), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -58,5 +65,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("R"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("y"), py::arg("y_type"),
           py::arg("threads"));
     m.def("cpu_gelu", &cpu_gelu, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("threads"));
+    m.def("cpu_group_norm_silu", &cpu_group_norm_silu, py::arg("x"), py::arg("x_type"), py::arg("weight"),
+          py::arg("bias"), py::arg("B"), py::arg("hw"), py::arg("C"), py::arg("groups"), py::arg("eps"),
+          py::arg("silu"), py::arg("y"), py::arg("y_type"), py::arg("threads"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
 }

@@ -25,5 +25,9 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
 // GELU, tanh form, in place.
 void gelu(void* x, Type type, int64_t n, int threads);
 
+// Channels last: x (B, hw, C) -> y = SiLU(GroupNorm(x) weight + bias), or without SiLU. y may be x where the types are one.
+void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
+                     int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, int threads);
+
 }  // namespace cpu
 }  // namespace var_fast
