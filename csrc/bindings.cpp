@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "engine_bindings.h"
+#include "cpu/isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -42,6 +43,34 @@ void cpu_scale_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int 
                                    threads);
 }
 
+template <typename T>
+T* writable(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+var_fast::Type type_of(int type) { return static_cast<var_fast::Type>(type); }
+
+void cpu_residual_adaln_modulate(uintptr_t x, uintptr_t branch, int branch_type, uintptr_t gate, uintptr_t scale,
+                                 uintptr_t shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
+                                 uintptr_t y, int y_type, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::residual_adaln_modulate(writable<float>(x), pointer<void>(branch), type_of(branch_type),
+                                           pointer<float>(gate), pointer<float>(scale), pointer<float>(shift), stride,
+                                           M, R, L, C, eps, writable<void>(y), type_of(y_type), threads);
+}
+
+void cpu_gelu(uintptr_t x, int type, int64_t n, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::gelu(writable<void>(x), type_of(type), n, threads);
+}
+
+void cpu_group_norm_silu(uintptr_t x, int x_type, uintptr_t weight, uintptr_t bias, int64_t B, int64_t hw, int64_t C,
+                         int64_t groups, float eps, bool silu, uintptr_t y, int y_type, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::group_norm_silu(pointer<void>(x), type_of(x_type), pointer<float>(weight), pointer<float>(bias), B,
+                                   hw, C, groups, eps, silu, writable<void>(y), type_of(y_type), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -65,4 +94,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_v_cache_bytes", [](int type, int64_t R, int64_t H, int64_t D, int64_t capacity) {
         return var_fast::cpu::v_cache_bytes(var_fast::Type(type), R, H, D, capacity);
     });
+    m.def("cpu_residual_adaln_modulate", &cpu_residual_adaln_modulate, py::arg("x"), py::arg("branch"),
+          py::arg("branch_type"), py::arg("gate"), py::arg("scale"), py::arg("shift"), py::arg("stride"), py::arg("M"),
+          py::arg("R"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("y"), py::arg("y_type"),
+          py::arg("threads"));
+    m.def("cpu_gelu", &cpu_gelu, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("threads"));
+    m.def("cpu_group_norm_silu", &cpu_group_norm_silu, py::arg("x"), py::arg("x_type"), py::arg("weight"),
+          py::arg("bias"), py::arg("B"), py::arg("hw"), py::arg("C"), py::arg("groups"), py::arg("eps"),
+          py::arg("silu"), py::arg("y"), py::arg("y_type"), py::arg("threads"));
+    m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
 }
