@@ -24,6 +24,13 @@ int64_t sample_tokens(uintptr_t cond, uintptr_t uncond, bool is_double, int64_t 
     return is_double ? run(double{}) : run(float{});
 }
 
+void cpu_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t M, int64_t N, int64_t K, bool gelu, uintptr_t y,
+                int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::linear(pointer<float>(x), pointer<float>(weight), pointer<float>(bias), M, N, K, gelu,
+                          reinterpret_cast<float*>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -31,4 +38,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
           py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
           py::arg("threads"));
+    m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
+          py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
 }
