@@ -71,6 +71,13 @@ void cpu_group_norm_silu(uintptr_t x, int x_type, uintptr_t weight, uintptr_t bi
                                    hw, C, groups, eps, silu, writable<void>(y), type_of(y_type), threads);
 }
 
+void cpu_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t M, int64_t N, int64_t K, bool gelu, uintptr_t y,
+                int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::linear(pointer<float>(x), pointer<float>(weight), pointer<float>(bias), M, N, K, gelu,
+                          reinterpret_cast<float*>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -103,4 +110,6 @@ PYBIND11_MODULE(_C, m) {
           py::arg("bias"), py::arg("B"), py::arg("hw"), py::arg("C"), py::arg("groups"), py::arg("eps"),
           py::arg("silu"), py::arg("y"), py::arg("y_type"), py::arg("threads"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
+    m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
+          py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
 }
