@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from var_fast.engine.edit import check_image_and_mask, kept_tokens
 from var_fast.engine.graphs import Graphs
 from var_fast.engine.loops import choose_loop
 from var_fast.engine.native_loop import NativeLoop
-from var_fast.engine.options import SamplingOptions
+from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.errors import UserError
 from var_fast.models import VAR
 from var_fast.models.var import check_sampling_options
@@ -105,6 +106,46 @@ class Sampler:
         # One part at a time would hold back the first images, so all parts advance together.
         for images in zip(*parts, strict=True):
             yield torch.cat([image() for image in images])
+
+    def edit(
+        self,
+        image: torch.Tensor,
+        mask: torch.Tensor,
+        labels: Sequence[int] | torch.Tensor,
+        seeds: Sequence[int] | torch.Tensor,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        more_smooth: bool = False,
+        *,
+        paste: bool = False,
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] with new content where the mask is True: in-painting, out-painting, a
+        region of another class.
+
+        `image`: (3, H, W) or (B, 3, H, W) in [0, 1] of the model's size; `mask`: (H, W), (B, H, W) or (B, 1, H, W)
+        bool; one image or mask serves all B labels and seeds. These and the options are `sample`'s; the null class,
+        num_classes, asks for content of any class.
+
+        Tokens of the kept region are the image's at every scale, the others are sampled (`sampled_tokens` has the
+        rule). So outside the mask there is the tokenizer's reconstruction of the image, but for what coarse tokens and
+        the decoder spread; `paste` puts the image's own pixels there. A mask that is all False gives the
+        reconstruction, one that is all True gives `sample`'s images. Raises UserError for bad arguments, and for a mask
+        too thin to make any token anew.
+        """
+        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        parts = self._parts(labels, seeds, options)
+        count, patch_nums = sum(len(label_B) for label_B, _ in parts), self.var.patch_nums
+        size = patch_nums[-1] * self.vae.downsample
+        image_B3HW, mask_BHW = check_image_and_mask(image, mask, count, size, self.device)
+        keeps = kept_tokens(self.vae, image_B3HW, mask_BHW, patch_nums, count, self.max_batch)
+        edited_B3HW = torch.cat(
+            [
+                final_image(self.loop.steps(*part, options, keep), len(patch_nums))
+                for part, keep in zip(parts, keeps, strict=True)
+            ]
+        )
+        return torch.where(mask_BHW.unsqueeze(1), edited_B3HW, image_B3HW) if paste else edited_B3HW
 
     def _parts(self, labels, seeds, options: SamplingOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
         check_sampling_options(*options[:3])
