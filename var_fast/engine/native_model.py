@@ -169,7 +169,7 @@ def subpixel_weights(weight_OI33: torch.Tensor) -> torch.Tensor:
     In an even row the kernel's first row meets one input row, the other two both meet the next; in an odd row the first
     two share one. So with columns.
     """
-    sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=weight_OI33.device)
+    sums = weight_OI33.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     return torch.einsum("aud,bve,oide->aboiuv", sums, sums, weight_OI33).flatten(0, 2)
 
 
