@@ -12,6 +12,7 @@ from torch import nn
 from bench.backends import use_backend
 from tests.models.golden_util import CASES, load_case
 from var_fast import VAR, VQVAE, Sampler
+from var_fast.engine.graphs import bucket
 from var_fast.engine.loops import choose_loop, native_can
 from var_fast.engine.native_loop import NativeLoop, why_not_native
 from var_fast.engine.native_model import subpixel_weights
@@ -237,3 +238,8 @@ def test_subpixel_weights_equal_doubling_and_convolution(h, w):
         for b in range(2):
             made = phases[:, a, b, :, a : a + h, b : b + w]
             torch.testing.assert_close(made, expected[:, :, a::2, b::2])
+
+
+@pytest.mark.parametrize("batch,largest,size", [(1, 64, 1), (3, 64, 4), (4, 64, 4), (33, 64, 64), (5, 6, 6), (9, 6, 6)])
+def test_batches_are_captured_in_powers_of_two(batch, largest, size):
+    assert bucket(batch, largest) == size

@@ -63,7 +63,9 @@ class NativeLoop:
     ) -> Iterator[Callable[[], torch.Tensor]]:
         """After each scale a function that decodes the images as they stand, good until the next step."""
         with self.run(len(label_B), options.cfg) as run:
-            yield from self._steps(run, label_B, options.cfg, self._draw(run, seed_B, options, keep))
+            for image in self._steps(run, label_B, options.cfg, self._draw(run, seed_B, options, keep)):
+                check_not_finite(run)
+                yield image
 
     def sample_drawn_by(self, label_B: torch.Tensor, cfg: float, draw: Draw) -> torch.Tensor:
         """As `sample`, but `draw` picks the tokens."""
@@ -169,6 +171,6 @@ def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
 
 
 def check_not_finite(run) -> None:
-    """Raises UserError if logits on a GPU were not finite in the call before."""
+    """Raises UserError if a GPU met logits that were not finite (a CPU has said so itself); waits for it."""
     if run.not_finite.any():
         raise not_finite(*(int(n) for n in run.not_finite.nonzero()[0]))

@@ -68,9 +68,9 @@ class Sampler:
             raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
         self.loop = choose_loop(var, self.dtype)
-        self._graphs = None
+        self.graphs = None
         if self.device.type == "cuda" and isinstance(self.loop, NativeLoop):
-            self._graphs = Graphs(self.loop, max_batch)
+            self.graphs = Graphs(self.loop, max_batch)
 
     def sample(
         self,
@@ -88,7 +88,7 @@ class Sampler:
         not for metrics). Raises UserError for arguments out of range and for logits that are not finite.
         """
         options = SamplingOptions(cfg, top_k, top_p, more_smooth)
-        make = (self._graphs or self.loop).sample
+        make = (self.graphs or self.loop).sample
         return torch.cat([make(*part, options) for part in self._parts(labels, seeds, options)])
 
     def stream(
