@@ -1,4 +1,5 @@
-"""Every Triton kernel and the native loop under compute-sanitizer: no access out of bounds, no race in shared memory."""
+"""Every Triton kernel and the native loop under compute-sanitizer: no access out of bounds, no race in shared
+memory."""
 
 import os
 import shutil

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from var_fast.engine.file_pages import FilePages
 from var_fast.models import VAR
 from var_fast.models.autoencoder import AttnBlock, Decoder, ResnetBlock
 from var_fast.models.block import MAX_LOG_SCALE
@@ -90,6 +91,7 @@ class _Packer:
         from var_fast import _C
 
         self._C, self.dtype, self.device = _C, dtype, device
+        self.pages = FilePages()
         self.packs = device.type == "cpu" and dtype == torch.bfloat16 and _onednn_packs_bfloat16()
 
     def float_linear(self, layer: nn.Linear):
@@ -159,7 +161,10 @@ class _Packer:
         return self._C.Linear(weight_NK, bias_N, packed, out_features or weight_NK.shape[0])
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(self.dtype).contiguous()
+        cast = tensor.detach().to(self.dtype).contiguous()
+        if self.dtype != torch.float32 and self.device.type == "cpu":
+            self.pages.give_back(tensor)
+        return cast
 
 
 def subpixel_weights(weight_OI33: torch.Tensor) -> torch.Tensor:
