@@ -16,27 +16,30 @@ namespace var_fast::cpu {
 namespace {
 
 constexpr int CHUNK = 256;
-constexpr int64_t BLOCK = 256 * 1024;  // floats of x that stay in the second-level cache
+constexpr int64_t BLOCK = 128 * 1024;  // floats of x that stay in the second-level cache
 constexpr int64_t BLOCK_ROWS = 512;
+constexpr int FETCHES = 5;
 
 using Tile = void (*)(const float* x, const float* w, int64_t K, const float* base, int64_t base_stride, float* out,
                       int64_t out_stride, const float* next, int64_t next_stride);
 
 struct Kernels {
     int64_t columns, most_rows;
-    const Tile (*tiles)[3];  // of 1 ... most_rows rows, which fetch 0, 16, 32 rows of the weights meanwhile
+    const Tile (*tiles)[FETCHES];  // of 1 ... most_rows rows, which fetch 0, 4 ... 32 rows of the weights meanwhile
     void (*pack_columns)(const float* w, int64_t stride, int64_t n_count, int64_t K, float* packed);
 };
 
-#define VAR_FAST_KERNELS(isa_namespace)                                                                           \
-    namespace isa_namespace {                                                                                     \
-    template <int... I>                                                                                           \
-    const Kernels& kernels(std::integer_sequence<int, I...>) {                                                    \
-        static constexpr Tile TILES[][3] = {{tile<I + 1, CHUNK, 0>, tile<I + 1, CHUNK, 1>, tile<I + 1, CHUNK, 2>}...};                                                  \
-        static constexpr Kernels KERNELS = {COLUMNS, MOST_ROWS, TILES, pack_columns};                             \
-        return KERNELS;                                                                                           \
-    }                                                                                                             \
-    const Kernels& kernels() { return kernels(std::make_integer_sequence<int, MOST_ROWS>()); }                    \
+#define VAR_FAST_KERNELS(isa)                                                                                  \
+    namespace isa {                                                                                           \
+    template <int... I>                                                                                       \
+    const Kernels& kernels(std::integer_sequence<int, I...>) {                                                \
+        static constexpr Tile TILES[][FETCHES] = {                                                            \
+            {tile<I + 1, CHUNK, 0>, tile<I + 1, CHUNK, 4>, tile<I + 1, CHUNK, 8>, tile<I + 1, CHUNK, 16>,     \
+             tile<I + 1, CHUNK, 32>}...};                                                                     \
+        static constexpr Kernels KERNELS = {COLUMNS, MOST_ROWS, TILES, pack_columns};                         \
+        return KERNELS;                                                                                       \
+    }                                                                                                         \
+    const Kernels& kernels() { return kernels(std::make_integer_sequence<int, MOST_ROWS>()); }                \
     }
 VAR_FAST_KERNELS(portable)
 #ifdef VAR_FAST_X86
@@ -85,6 +88,8 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
         const int64_t m0 = m_begin + cut(m_end - m_begin, blocks, block);
         const int64_t rows = m_begin + cut(m_end - m_begin, blocks, block + 1) - m0;
         const int64_t tiles = (rows + kernels.most_rows - 1) / kernels.most_rows;
+        // the first 8, 4, 2 or 1 tiles fetch the weights that come next
+        const int fetch_index = tiles >= 8 ? 1 : tiles >= 4 ? 2 : tiles >= 2 ? 3 : 4, fetch = 2 << fetch_index;
         for (int64_t first_chunk = 0; first_chunk < all_chunks; first_chunk += span) {
             const int64_t chunks = std::min(span, all_chunks - first_chunk);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -108,8 +113,8 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
                         float* out = p.y + (m0 + m) * N + n0;
                         const float* base = first ? (p.bias ? p.bias + n0 : nullptr) : out;
                         const int64_t base_stride = first ? 0 : N;
-                        const Tile run = kernels.tiles[m_count - 1][!has_next || tile > 1 ? 0 : tiles == 1 ? 2 : 1];
-                        const float* fetched = next + tile * 16 * K;
+                        const Tile run = kernels.tiles[m_count - 1][has_next && (tile + 1) * fetch <= columns ? fetch_index : 0];
+                        const float* fetched = next + tile * fetch * K;
                         if (n_count == columns) {
                             run(tile_x, packed_w.get(), k_count, base, base_stride, out, N, fetched, K);
                             continue;

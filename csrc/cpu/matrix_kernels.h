@@ -2,6 +2,7 @@
 // LANES, COLUMNS, MOST_ROWS, tile and pack_columns (matrix_tile.h).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
