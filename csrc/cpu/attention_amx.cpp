@@ -17,6 +17,7 @@ const TileConfiguration CONFIGURATION;
 
 VAR_FAST_AMX void begin() { _tile_loadconfig(&CONFIGURATION); }
 VAR_FAST_AMX void end() { _tile_release(); }
+VAR_FAST_AMX void softmax(const Softmax& s) { softmax_of<weigh_bf16>(s); }
 
 // M x N tiles of sums in registers 0 to 3, a's in 4 and 5, b's in 6 and 7. Strides in bytes.
 template <int M, int N>
@@ -73,7 +74,7 @@ VAR_FAST_AMX __attribute__((noinline)) void product(const Product& p) {
 
 }  // namespace
 
-AttentionKernels attention_amx() { return {product, softmax_to_bf16, Type::bf16, 32, begin, end}; }
+AttentionKernels attention_amx() { return {product, softmax, Type::bf16, 32, 256, begin, end}; }
 
 }  // namespace var_fast::cpu
 #endif

@@ -87,7 +87,8 @@ VAR_FAST_AVX2 void softmax(const Softmax& s) {
             _mm256_storeu_ps(scores + whole, weight);
             sum = _mm256_add_ps(sum, weight);
         }
-        s.factor[row] = _mm256_cvtss_f32(exp2_of(_mm256_set1_ps(s.largest[row] - largest)));
+        s.factor[row] =
+            s.largest[row] == largest ? 1 : _mm256_cvtss_f32(exp2_of(_mm256_set1_ps(s.largest[row] - largest)));
         s.total[row] = s.total[row] * s.factor[row] + across(sum, [](float a, float b) { return a + b; });
         s.largest[row] = largest;
     }
@@ -95,7 +96,7 @@ VAR_FAST_AVX2 void softmax(const Softmax& s) {
 
 }  // namespace
 
-AttentionKernels attention_avx2() { return {product, softmax, Type::f32, 48, nullptr, nullptr}; }
+AttentionKernels attention_avx2() { return {product, softmax, Type::f32, 48, 512, nullptr, nullptr}; }
 
 }  // namespace var_fast::cpu
 #endif

@@ -91,34 +91,32 @@ void product_bf16(const Product& p) {
     product(words, TILES_BF16);
 }
 
-VAR_FAST_AVX512 void softmax_f32(const Softmax& s) {
-    const int64_t whole = s.keys / 16 * 16;
-    const __mmask16 tail = static_cast<__mmask16>((1u << (s.keys - whole)) - 1);
-    for (int64_t row = 0; row < s.rows; ++row) {
-        float* scores = s.scores + row * s.row;
-        const float largest = largest_of(scores, s.keys, s.largest[row]);
-        const __m512 shift = _mm512_set1_ps(largest);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t key = 0; key < whole; key += 16) {
-            const __m512 weight = exp2_of<6>(_mm512_sub_ps(_mm512_loadu_ps(scores + key), shift), EXP2);
-            _mm512_storeu_ps(scores + key, weight);
-            sum = _mm512_add_ps(sum, weight);
-        }
-        if (tail) {
-            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(tail, scores + whole), shift);
-            const __m512 weight = _mm512_maskz_mov_ps(tail, exp2_of<6>(x, EXP2));
-            _mm512_storeu_ps(scores + whole, weight);
-            sum = _mm512_add_ps(sum, weight);
-        }
-        advance(s, row, largest, _mm512_reduce_add_ps(sum));
+VAR_FAST_AVX512 __m512 weigh_f32(float* scores, int64_t keys, float largest) {
+    const __m512 shift = _mm512_set1_ps(largest);
+    __m512 sum = _mm512_setzero_ps();
+    int64_t key = 0;
+    for (; key + 16 <= keys; key += 16) {
+        const __m512 weight = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(scores + key), shift), EXP2);
+        _mm512_storeu_ps(scores + key, weight);
+        sum = _mm512_add_ps(sum, weight);
     }
+    if (key < keys) {
+        const __mmask16 mask = static_cast<__mmask16>((1u << (keys - key)) - 1);
+        const __m512 weight = exp2_of(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + key), shift), EXP2);
+        _mm512_mask_storeu_ps(scores + key, mask, weight);
+        sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, weight));
+    }
+    return sum;
 }
+
+VAR_FAST_AVX512 void softmax_f32(const Softmax& s) { softmax_of<weigh_f32>(s); }
+VAR_FAST_AVX512_BF16 void softmax_bf16(const Softmax& s) { softmax_of<weigh_bf16>(s); }
 
 }  // namespace
 
-AttentionKernels attention_avx512() { return {product_f32, softmax_f32, Type::f32, 48, nullptr, nullptr}; }
+AttentionKernels attention_avx512() { return {product_f32, softmax_f32, Type::f32, 48, 512, nullptr, nullptr}; }
 
-AttentionKernels attention_avx512_bf16() { return {product_bf16, softmax_to_bf16, Type::bf16, 48, nullptr, nullptr}; }
+AttentionKernels attention_avx512_bf16() { return {product_bf16, softmax_bf16, Type::bf16, 48, 512, nullptr, nullptr}; }
 
 }  // namespace var_fast::cpu
 #endif

@@ -25,7 +25,7 @@ struct Product {
 // What a block of keys does to the running softmax of `rows` queries. scores (rows, row) in powers of two, of which
 // `keys` count, become weights 2^(score - largest) in place (bfloat16: in the first half of the row, followed by zeros
 // up to a multiple of 32 keys). largest and total (rows) are those of all blocks so far, -infinity and 0 before the
-// first one; what was summed up to now has to be multiplied by factor (rows).
+// first one; what was summed up to now has to be multiplied by factor (rows). Room for a multiple of 16 rows.
 struct Softmax {
     float* scores;
     int64_t row;
@@ -37,7 +37,8 @@ struct AttentionKernels {
     void (*product)(const Product&);
     void (*softmax)(const Softmax&);
     Type operand;          // what a and b, and the weights, are made of
-    int64_t query_block;   // rows that the driver hands over at once
+    int64_t query_block;   // rows and keys (a multiple of 32) that the driver hands over at once, at most
+    int64_t key_block;
     void (*begin)();       // called on each thread before and after the products of one call, or nullptr
     void (*end)();
 };
@@ -54,6 +55,6 @@ AttentionKernels attention_amx();
 // below the 2e-3 to which a bfloat16 weight is rounded. Lowest power first.
 constexpr float EXP2[] = {0.99999994f, 0.69315308f, 0.24015361f, 0.055826318f, 0.0089893397f, 0.0018775767f};
 constexpr float EXP2_SHORT[] = {0.9999252f, 0.69583356f, 0.22606716f, 0.078024521f};
-constexpr float EXP2_LEAST = -126;  // weights below 2^-126 count as that: they would be denormal, and slow
+constexpr float EXP2_LEAST = -125;  // weights below 2^-125 count as that: denormal ones would be slow
 
 }  // namespace var_fast::cpu

@@ -47,7 +47,7 @@ void softmax(const Softmax& s) {
         for (int j = 0; key < s.keys; ++key, ++j) sums[j] += scores[key] = exp2_of(scores[key] - largest);
         float sum = 0;
         for (const float part : sums) sum += part;
-        s.factor[row] = exp2_of(s.largest[row] - largest);
+        s.factor[row] = s.largest[row] == largest ? 1 : exp2_of(s.largest[row] - largest);
         s.total[row] = s.total[row] * s.factor[row] + sum;
         s.largest[row] = largest;
     }
@@ -55,6 +55,6 @@ void softmax(const Softmax& s) {
 
 }  // namespace
 
-AttentionKernels attention_portable() { return {product, softmax, Type::f32, 32, nullptr, nullptr}; }
+AttentionKernels attention_portable() { return {product, softmax, Type::f32, 32, 512, nullptr, nullptr}; }
 
 }  // namespace var_fast::cpu

@@ -22,10 +22,12 @@ inline int64_t padded_keys(int64_t keys) { return round_up(keys, 32); }
 inline int64_t padded_queries(int64_t l) { return round_up(l, 16); }
 inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
+#define VAR_FAST_INLINE __attribute__((always_inline)) inline
+
 using bf16 = uint16_t;  // the upper half of a float's bits
 
-__attribute__((always_inline)) inline float to_float(float x) { return x; }
-__attribute__((always_inline)) inline float to_float(bf16 x) {
+VAR_FAST_INLINE float to_float(float x) { return x; }
+VAR_FAST_INLINE float to_float(bf16 x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
@@ -33,14 +35,14 @@ __attribute__((always_inline)) inline float to_float(bf16 x) {
 }
 
 // To nearest, ties to even; a NaN keeps its upper bits and stays one.
-__attribute__((always_inline)) inline bf16 to_bf16(float x) {
+VAR_FAST_INLINE bf16 to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const uint32_t nan = (bits >> 16) | 0x40;
     return static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
-__attribute__((always_inline)) inline void store(float x, float* to) { *to = x; }
-__attribute__((always_inline)) inline void store(float x, bf16* to) { *to = to_bf16(x); }
+VAR_FAST_INLINE void store(float x, float* to) { *to = x; }
+VAR_FAST_INLINE void store(float x, bf16* to) { *to = to_bf16(x); }
 
 }  // namespace var_fast::cpu

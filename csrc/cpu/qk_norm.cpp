@@ -2,6 +2,7 @@
 // three as the attention kernels read them (kv_layout.h).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../ops.h"
 #include "isa.h"
@@ -13,7 +14,6 @@ namespace var_fast::cpu {
 namespace {
 
 constexpr float LOG2_E = 1.44269504088896341f;
-constexpr int64_t GRAIN = 32;  // blocks (of up to 16 tokens of one head) that are worth a thread
 
 struct Arguments {
     const void* qkv;
@@ -24,105 +24,143 @@ struct Arguments {
     int64_t begin, capacity;
 };
 
-template <typename T>
-__attribute__((always_inline)) inline float inverse_length(const T* x, int64_t D) {
-    float lane[16] = {}, sum = 0;
-    int64_t d = 0;
-    for (; d + 16 <= D; d += 16)
-        for (int j = 0; j < 16; ++j) lane[j] += to_float(x[d + j]) * to_float(x[d + j]);
-    for (; d < D; ++d) sum += to_float(x[d]) * to_float(x[d]);
-    for (int j = 0; j < 16; ++j) sum += lane[j];
-    return 1 / std::max(std::sqrt(sum), 1e-12f);
+// 512 bits in one register, or in several smaller ones: the compiler's vectors fit any instruction set.
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Lanes = int32_t __attribute__((vector_size(64)));
+
+// 512 bits of T at x; where D is PADDED only the first `left` numbers are there, the others zero.
+template <bool PADDED, typename T>
+VAR_FAST_INLINE Words load(const T* x, int64_t left) {
+    constexpr int64_t ALL = 64 / sizeof(T);
+    Words words = {};
+    if (!PADDED || left >= ALL)
+        std::memcpy(&words, x, sizeof words);
+    else if (left > 0)
+        std::memcpy(&words, x, left * sizeof(T));
+    return words;
 }
 
-// Blocks [first, last) of the cache's blocks of 16 tokens: (image, block, head), heads fastest, as qkv lies in memory.
-template <typename T>
-struct Pack {
-    static constexpr int WORD = 4 / sizeof(T);  // numbers in 32 bits
+// Those numbers as floats: bfloat16 is the upper half of one, and two of them share a word.
+VAR_FAST_INLINE Floats even(Words words) { return (Floats)(words << 16); }
+VAR_FAST_INLINE Floats odd(Words words) { return (Floats)(words & 0xffff0000); }
 
-    __attribute__((always_inline)) static void run(const Arguments* arguments, StoreTransposed transpose, int64_t first,
-                                                   int64_t last) {
-        const Arguments& a = *arguments;
-        const int64_t first_block = a.begin / 16, blocks = (a.begin + a.l + 15) / 16 - first_block;
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t h = i % a.H, block = first_block + i / a.H % blocks, r = i / a.H / blocks;
-            const int64_t from = std::max(a.begin, 16 * block), to = std::min(a.begin + a.l, 16 * block + 16);
-            const int64_t row = 3 * a.H * a.D;
-            const T* qkv = static_cast<const T*>(a.qkv) + (std::min(r, a.S - 1) * a.l + from - a.begin) * row + h * a.D;
-            const int64_t Dp = padded_D(a.D), slice = r * a.H + h, cache = slice * padded_keys(a.capacity) * Dp;
-            pack_q(a, h, qkv, row, to - from,
-                   static_cast<T*>(a.q) + (slice * padded_queries(a.l) + from - a.begin) * Dp);
-            pack_k(a, qkv + a.H * a.D, row, from % 16, to - from,
-                   static_cast<T*>(a.k_cache) + cache + 16 * block * Dp, transpose);
-            pack_v(a, qkv + 2 * a.H * a.D, row, from, to, static_cast<T*>(a.v_cache) + cache);
+VAR_FAST_INLINE Words rounded(Floats x) {  // to bfloat16 in the upper half, as to_bf16
+    const Words bits = (Words)x;
+    const Lanes nan = (Lanes)(x != x);
+    return (Words)(nan ? (Lanes)(bits | 0x400000) : (Lanes)(bits + 0x7fff + ((bits >> 16) & 1)));
+}
+
+VAR_FAST_INLINE Floats squares(Words x, float) { return (Floats)x * (Floats)x; }
+VAR_FAST_INLINE Floats squares(Words x, bf16) { return even(x) * even(x) + odd(x) * odd(x); }
+VAR_FAST_INLINE Words times(Words x, float by, float) { return (Words)((Floats)x * by); }
+VAR_FAST_INLINE Words times(Words x, float by, bf16) {
+    return rounded(even(x) * by) >> 16 | (rounded(odd(x) * by) & 0xffff0000);
+}
+
+VAR_FAST_INLINE void store(Words words, void* to) { std::memcpy(to, &words, sizeof words); }
+
+template <bool PADDED, typename T>
+VAR_FAST_INLINE float inverse_length(const T* x, int64_t D) {
+    Floats sum = {};
+    for (int64_t d = 0; d < D; d += 64 / sizeof(T)) sum += squares(load<PADDED>(x + d, D - d), T{});
+    sum += __builtin_shuffle(sum, Lanes{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    sum += __builtin_shuffle(sum, Lanes{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    sum += __builtin_shuffle(sum, Lanes{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return 1 / std::max(std::sqrt(sum[0] + sum[1]), 1e-12f);
+}
+
+// Heads [first, last) of all images, in the order (image, head): as scale_attention cuts them, so that a thread finds what
+// it wrote in its own caches.
+template <typename T, bool PADDED>
+struct Pack {
+    static constexpr int64_t CHUNK = 64 / sizeof(T);
+
+    VAR_FAST_INLINE static void run(const Arguments* arguments, StoreTransposed transpose, int64_t first, int64_t last) {
+        const Arguments a = *arguments;  // a copy, which no store below can change
+        for (int64_t slice = first; slice < last;) {
+            const int64_t r = slice / a.H, end = std::min(last, (r + 1) * a.H);
+            // blocks of 16 tokens of the cache, heads innermost: as qkv lies in memory
+            for (int64_t from = a.begin, to; from < a.begin + a.l; from = to) {
+                to = std::min(a.begin + a.l, from / 16 * 16 + 16);
+                for (int64_t s = slice; s < end; ++s) block(a, transpose, r, s, from, to);
+            }
+            slice = end;
         }
     }
 
-    __attribute__((always_inline)) static void pack_q(const Arguments& a, int64_t h, const T* q, int64_t row,
-                                                      int64_t tokens, T* out) {
+    VAR_FAST_INLINE static void block(const Arguments& a, StoreTransposed transpose, int64_t r, int64_t slice,
+                                      int64_t from, int64_t to) {
+        const int64_t Dp = padded_D(a.D), h = slice - r * a.H, row = 3 * a.H * a.D;
+        const int64_t cache = slice * padded_keys(a.capacity) * Dp;
+        const T* qkv = static_cast<const T*>(a.qkv) + (std::min(r, a.S - 1) * a.l + from - a.begin) * row + h * a.D;
+        pack_q(a, h, qkv, row, to - from, static_cast<T*>(a.q) + (slice * padded_queries(a.l) + from - a.begin) * Dp);
+        pack_k(a, qkv + a.H * a.D, row, from % 16, to - from,
+               static_cast<T*>(a.k_cache) + cache + from / 16 * 16 * Dp, transpose);
+        pack_v(a, qkv + 2 * a.H * a.D, row, from, to, static_cast<T*>(a.v_cache) + cache);
+    }
+
+    VAR_FAST_INLINE static void pack_q(const Arguments& a, int64_t h, const T* q, int64_t row, int64_t tokens, T* out) {
         const int64_t Dp = padded_D(a.D);
         for (int64_t t = 0; t < tokens; ++t, q += row, out += Dp) {
             float by = a.softmax_scale * LOG2_E;
-            if (a.scale_H) by *= a.scale_H[h] * inverse_length(q, a.D);
-            for (int64_t d = 0; d < a.D; ++d) store(to_float(q[d]) * by, out + d);
-            for (int64_t d = a.D; d < Dp; ++d) out[d] = 0;
+            if (a.scale_H) by *= a.scale_H[h] * inverse_length<PADDED>(q, a.D);
+            for (int64_t d = 0; d < Dp; d += CHUNK) store(times(load<PADDED>(q + d, a.D - d), by, T{}), out + d);
         }
     }
 
-    // Tokens at places offset, offset + 1, ... of a block: words of 16 tokens side by side.
-    __attribute__((always_inline)) static void pack_k(const Arguments& a, const T* k, int64_t row, int64_t offset,
-                                                      int64_t tokens, T* out, StoreTransposed transpose) {
-        constexpr int64_t CHUNK = 16 * WORD;
+    // Tokens at places offset, offset + 1, ... of a block: 32-bit words of 16 tokens side by side.
+    VAR_FAST_INLINE static void pack_k(const Arguments& a, const T* k, int64_t row, int64_t offset, int64_t tokens,
+                                       T* out, StoreTransposed transpose) {
         alignas(64) T chunk[16][CHUNK];
         float by[16];
-        for (int64_t t = 0; t < tokens; ++t) by[t] = a.scale_H ? inverse_length(k + t * row, a.D) : 1;
+        for (int64_t t = 0; t < tokens; ++t) by[t] = a.scale_H ? inverse_length<PADDED>(k + t * row, a.D) : 1;
         const unsigned mask = ((1u << tokens) - 1) << offset;
         for (int64_t d = 0; d < padded_D(a.D); d += CHUNK) {
-            for (int64_t t = 0; t < tokens; ++t) {
-                const T* x = k + t * row + d;
-                T* to = chunk[offset + t];
-                if (d + CHUNK <= a.D) {
-                    for (int64_t j = 0; j < CHUNK; ++j) store(to_float(x[j]) * by[t], to + j);
-                } else {
-                    for (int64_t j = 0; j < CHUNK; ++j)
-                        if (d + j < a.D) store(to_float(x[j]) * by[t], to + j); else to[j] = 0;
-                }
-            }
+            for (int64_t t = 0; t < tokens; ++t)
+                store(times(load<PADDED>(k + t * row + d, a.D - d), by[t], T{}), chunk[offset + t]);
             transpose(chunk, out + 16 * d, mask);
         }
     }
 
-    __attribute__((always_inline)) static void pack_v(const Arguments& a, const float* v, int64_t row, int64_t from,
-                                                      int64_t to, float* cache) {
-        for (int64_t t = from; t < to; ++t, v += row) {
-            float* out = cache + t * padded_D(a.D);
-            for (int64_t d = 0; d < a.D; ++d) out[d] = v[d];
-        }
+    VAR_FAST_INLINE static void pack_v(const Arguments& a, const float* v, int64_t row, int64_t from, int64_t to,
+                                       float* cache) {
+        const int64_t Dp = padded_D(a.D);
+        for (int64_t t = from; t < to; ++t, v += row)
+            for (int64_t d = 0; d < Dp; d += CHUNK) store(load<PADDED>(v + d, a.D - d), cache + t * Dp + d);
     }
 
     // Pairs of tokens: an odd first token joins the one before it. What lies between the last token and the next
     // multiple of 32 is cleared: it meets weights of zero.
-    __attribute__((always_inline)) static void pack_v(const Arguments& a, const bf16* v, int64_t row, int64_t from,
-                                                      int64_t to, bf16* cache) {
+    VAR_FAST_INLINE static void pack_v(const Arguments& a, const bf16* v, int64_t row, int64_t from, int64_t to,
+                                       bf16* cache) {
+        constexpr Lanes FIRST_HALVES = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
         const int64_t Dp = padded_D(a.D);
-        if (from % 2) {
-            bf16* out = cache + (from - 1) * Dp;
-            for (int64_t d = 0; d < a.D; ++d) out[2 * d + 1] = v[d];
-            ++from, v += row;
-        }
-        for (; from + 1 < to; from += 2, v += 2 * row) {
-            bf16* out = cache + from * Dp;
-            const bf16 *even = v, *odd = v + row;
-            for (int64_t d = 0; d < a.D; ++d) out[2 * d] = even[d], out[2 * d + 1] = odd[d];
-        }
-        if (from < to) {
-            bf16* out = cache + from * Dp;
-            for (int64_t d = 0; d < a.D; ++d) out[2 * d] = v[d], out[2 * d + 1] = 0;
-        }
-        if (to == a.begin + a.l)
-            std::fill(cache + round_up(to, 2) * Dp, cache + padded_keys(to) * Dp, bf16{0});
+        for (int64_t t = from / 2 * 2; t < to; t += 2)
+            for (int64_t d = 0; d < Dp; d += CHUNK) {
+                bf16* out = cache + t * Dp + 2 * d;
+                const bf16* x = v + (t - from) * row + d;
+                const Words first = t < from ? Words{} : load<PADDED>(x, a.D - d);
+                const Words second = t + 1 < to ? load<PADDED>(x + row, a.D - d) : Words{};
+                const Words of_even = (first & 0xffff) | second << 16, of_odd = first >> 16 | (second & 0xffff0000);
+                Words low = __builtin_shuffle(of_even, of_odd, FIRST_HALVES);
+                Words high = __builtin_shuffle(of_even, of_odd, FIRST_HALVES + 8);
+                if (t < from) {
+                    low |= load<false>(out, CHUNK) & 0xffff;
+                    high |= load<false>(out + CHUNK, CHUNK) & 0xffff;
+                }
+                store(low, out);
+                store(high, out + CHUNK);
+            }
+        if (to == a.begin + a.l && padded_keys(to) > padded_keys(a.begin))  // else it was done before
+            std::memset(cache + round_up(to, 2) * Dp, 0, (padded_keys(to) - round_up(to, 2)) * Dp * sizeof(bf16));
     }
 };
+
+template <typename T, bool PADDED>
+void pack_blocks(const Arguments& arguments, StoreTransposed transpose, int64_t first, int64_t last) {
+    dispatch<Pack<T, PADDED>>(&arguments, transpose, first, last);
+}
 
 }  // namespace
 
@@ -142,12 +180,11 @@ void qk_norm(const void* qkv, Type type, const float* scale_H, float softmax_sca
              int64_t H, int64_t D, void* q, void* k_cache, void* v_cache, int64_t begin, int64_t capacity, int threads) {
     const Arguments arguments{qkv, scale_H, softmax_scale, S, l, H, D, q, k_cache, v_cache, begin, capacity};
     const StoreTransposed transpose = choose_transpose();
-    const int64_t blocks = (begin + l + 15) / 16 - begin / 16;
-    parallel_for(R * blocks * H, threads, GRAIN, [&](int64_t first, int64_t last) {
-        if (type == Type::f32)
-            dispatch<Pack<float>>(&arguments, transpose, first, last);
-        else
-            dispatch<Pack<bf16>>(&arguments, transpose, first, last);
+    parallel_for(R * H, threads, 1, [&](int64_t first, int64_t last) {
+        const bool padded = D != padded_D(D);
+        const auto pack = type == Type::f32 ? (padded ? pack_blocks<float, true> : pack_blocks<float, false>)
+                                            : (padded ? pack_blocks<bf16, true> : pack_blocks<bf16, false>);
+        pack(arguments, transpose, first, last);
     });
 }
 

@@ -18,8 +18,6 @@
 namespace var_fast::cpu {
 namespace {
 
-constexpr int64_t MOST_KEYS = 512;  // in one block
-
 AttentionKernels choose_kernels(Type type) {
 #ifdef VAR_FAST_X86
     if (type == Type::bf16 && isa() >= Isa::amx) return attention_amx();
@@ -98,7 +96,7 @@ public:
     Attention(const AttentionKernels& kernels, const T* q, const T* k, const T* v, const Shape& shape, T* out)
         : kernels_(kernels), q_(q), k_(k), v_(v), shape_(shape), out_(out) {
         // blocks of nearly the same size; a larger block where keys have to be unpacked first, to do that less often
-        const int64_t blocks = (shape.length + MOST_KEYS - 1) / MOST_KEYS;
+        const int64_t blocks = (shape.length + kernels.key_block - 1) / kernels.key_block;
         key_block_ = round_up((shape.length + blocks - 1) / blocks, 32);
         query_block_ = UNPACKED ? 2 * kernels.query_block : kernels.query_block;
         query_blocks_ = (shape.l + query_block_ - 1) / query_block_;
