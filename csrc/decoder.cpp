@@ -2,6 +2,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "leaf.h"
+
 namespace var_fast {
 namespace {
 
@@ -60,7 +62,7 @@ public:
                 case DecoderStep::Kind::residual: x = residual(std::move(x), step); break;
                 case DecoderStep::Kind::attention: attend(x, step); break;
                 case DecoderStep::Kind::upsample: x = upsample(x, step.convs[0]); break;
-                case DecoderStep::Kind::norm_silu: x = norm(x, step.norms[0], true).clone(); break;
+                case DecoderStep::Kind::norm_silu: x = norm(x, step.norms[0], true); break;
             }
         }
         return x;
@@ -69,6 +71,7 @@ public:
 private:
     // In a buffer that the next call overwrites.
     at::Tensor norm(const at::Tensor& x_BChw, const Norm& layer, bool silu) {
+        VAR_FAST_RANGE("group_norm_silu");
         if (!buffer_.defined() || buffer_.numel() < x_BChw.numel()) buffer_ = at::empty({x_BChw.numel()}, x_BChw.options());
         const int64_t B = x_BChw.size(0), C = x_BChw.size(1), h = x_BChw.size(2), w = x_BChw.size(3);
         at::Tensor y = buffer_.narrow(0, 0, x_BChw.numel()).view({B, h, w, C}).permute({0, 3, 1, 2});

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 
 namespace var_fast {
 namespace {
@@ -39,6 +40,7 @@ Type element_type(const at::Tensor& tensor) {
 at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place) {
     const bool is_float = x_MK.scalar_type() == at::kFloat;
     if (!place.cuda && is_float) {
+        RECORD_USER_SCOPE("op:matrix products");  // see leaf.h
         cpu::linear(x_MK.const_data_ptr<float>(), layer.weight_NK.const_data_ptr<float>(), float_pointer(layer.bias_N),
                     x_MK.size(0), layer.out_features, x_MK.size(1), gelu, y_MN.mutable_data_ptr<float>(), place.threads);
         return y_MN;
@@ -46,7 +48,10 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
     if (!place.cuda) {
         const at::Tensor made_MN =
             layer.packed ? packed_linear(x_MK, layer) : at::linear(x_MK, layer.weight_NK, layer.bias_N);
-        if (gelu) cpu::gelu(made_MN.mutable_data_ptr(), element_type(made_MN), made_MN.numel(), place.threads);
+        if (gelu) {
+            RECORD_USER_SCOPE("op:gelu");
+            cpu::gelu(made_MN.mutable_data_ptr(), element_type(made_MN), made_MN.numel(), place.threads);
+        }
         return made_MN;
     }
     at::Tensor out_MN = y_MN;

@@ -163,6 +163,7 @@ at::Tensor SamplingRun::logits() {
 }
 
 void SamplingRun::attend(int64_t block, int64_t images, const at::Tensor& out_NC) {
+    VAR_FAST_RANGE("scale_attention");
     const Model& m = *model_;
     const int64_t l = m.tokens(scale_), D = m.C / m.H, length = begin_ + l, total = m.total_tokens();
     if (!place_.cuda) {
@@ -217,12 +218,16 @@ at::Tensor SamplingRun::sample(const at::Tensor& label_B, const at::Tensor& seed
     begin(label_B, cfg, stream);
     while (scale_ < model_->scales()) {
         check();
+        RECORD_USER_SCOPE("scale:" + std::to_string(scale_) + ":" + std::to_string(model_->patch_nums[scale_]));
         advance(draw(logits(), seed_B, top_k, top_p), {});
     }
     check();
     return image();
 }
 
-at::Tensor SamplingRun::image() { return decode(model_->decoder, f_hat_BChw_, place_); }
+at::Tensor SamplingRun::image() {
+    RECORD_USER_SCOPE("part:decoder");
+    return decode(model_->decoder, f_hat_BChw_, place_);
+}
 
 }  // namespace var_fast

@@ -29,8 +29,10 @@ FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "sample_tokens": {"native": ("cpu",)},
     "pyramid_update": {},
     "group_norm_silu": {"triton": ("cuda",)},
-    "sampling_loop": {"native": ("cpu", "cuda")},  # not an operator: var_fast/engine decides by it
 }
+
+# what is no operator, but chosen in the same way: the loop of var_fast/engine
+LOOPS: dict[str, dict[str, tuple[str, ...]]] = {"sampling_loop": {"native": ("cpu", "cuda")}}
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not imported: that takes a second
@@ -100,7 +102,7 @@ def _choose(op: str, device_type: str, requested: str) -> tuple[str, str]:
             raise BackendUnavailable(f"{op}: backend {requested!r} ({origin}) cannot run on {device_type}: {problem}")
         return requested, origin
     problems = []
-    for backend in FAST_BACKENDS[op]:
+    for backend in _backends(op):
         problem = _problem(op, backend, device_type)
         if problem is None:
             return backend, f"the fastest {op} for {device_type}"
@@ -108,8 +110,12 @@ def _choose(op: str, device_type: str, requested: str) -> tuple[str, str]:
     return "reference", "; ".join(problems) or "nothing faster in this version"
 
 
+def _backends(op: str) -> dict[str, tuple[str, ...]]:
+    return LOOPS[op] if op in LOOPS else FAST_BACKENDS[op]
+
+
 def _problem(op: str, backend: str, device_type: str) -> str | None:
-    devices = FAST_BACKENDS[op].get(backend)
+    devices = _backends(op).get(backend)
     if devices is None:
         return f"{op} has no {backend} implementation in this version"
     if device_type not in devices:
