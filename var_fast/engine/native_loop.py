@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from var_fast.engine.mixed_codes import mixed_codes
 from var_fast.engine.native_model import native_model, weights_version
@@ -74,8 +75,8 @@ class NativeLoop:
 
     def _steps(self, run, label_B: torch.Tensor, cfg: float, draw: Draw) -> Iterator[Callable[[], torch.Tensor]]:
         run.begin(label_B, cfg, stream(label_B.device))
-        for si in range(len(self.var.patch_nums)):
-            with torch.no_grad(), named_errors():
+        for si, pn in enumerate(self.var.patch_nums):
+            with torch.no_grad(), named_errors(), record_function(f"scale:{si}:{pn}"):
                 idx_Bl, codes_BlC = draw(si, run.logits())
                 run.advance(idx_Bl if codes_BlC is None else None, codes_BlC)
             yield run.image
