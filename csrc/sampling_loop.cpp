@@ -121,7 +121,7 @@ at::Tensor SamplingRun::logits() {
     // At the first scale all unconditional images are the same one.
     const int64_t S = scale_ == 0 ? M_ : R_, N = S * l;
     float* const x = x_.mutable_data_ptr<float>();
-    const at::Tensor y_NC = rows_of(y_, N, C), attended_NC = rows_of(attended_, N, C);
+    const at::Tensor y_NC = rows_of(y_, N, C);
     const auto buffer = [&](const at::Tensor& whole, int64_t columns) {
         return whole.defined() ? rows_of(whole, N, columns) : at::Tensor();
     };
@@ -138,8 +138,7 @@ at::Tensor SamplingRun::logits() {
         const at::Tensor qkv_N3C = linear(y_NC, block.qkv, false, buffer(qkv_, 3 * C), place_);
         leaf_qk_norm(place_, pointer(qkv_N3C), m.type, floats(block.scale_H), m.softmax_scale, S, R_, l, m.H, D,
                      q_.mutable_data_ptr(), k_cache_[d].mutable_data_ptr(), v_cache_[d].mutable_data_ptr(), begin_, total);
-        attend(d, S, attended_NC);
-        branch_NC = linear(attended_NC, block.proj, false, buffer(branch_, C), place_);
+        branch_NC = linear(attend(d, S), block.proj, false, buffer(branch_, C), place_);
         norm(S, branch_NC, modulation(d, gate1), modulation(d, scale2), modulation(d, shift2), y_NC);
         const at::Tensor hidden = linear(y_NC, block.fc1, /*gelu=*/true, buffer(hidden_, m.hidden), place_);
         branch_NC = linear(hidden, block.fc2, false, buffer(branch_, C), place_);
@@ -162,14 +161,15 @@ at::Tensor SamplingRun::logits() {
     return logits_NV.view({B_, l, m.V});
 }
 
-void SamplingRun::attend(int64_t block, int64_t images, const at::Tensor& out_NC) {
+at::Tensor SamplingRun::attend(int64_t block, int64_t images) {
     VAR_FAST_RANGE("scale_attention");
     const Model& m = *model_;
     const int64_t l = m.tokens(scale_), D = m.C / m.H, length = begin_ + l, total = m.total_tokens();
     if (!place_.cuda) {
+        const at::Tensor attended_NC = rows_of(attended_, images * l, m.C);
         cpu::scale_attention(pointer(q_), pointer(k_cache_[block]), pointer(v_cache_[block]), m.type, images, l, m.H, D,
-                             length, total, out_NC.mutable_data_ptr(), place_.threads);
-        return;
+                             length, total, attended_NC.mutable_data_ptr(), place_.threads);
+        return attended_NC;
     }
     const auto view = [&](const at::Tensor& bytes, at::IntArrayRef shape) {
         return bytes.view(scalar_type(m.type)).narrow(0, 0, c10::multiply_integers(shape)).view(shape);
@@ -178,7 +178,7 @@ void SamplingRun::attend(int64_t block, int64_t images, const at::Tensor& out_NC
     const at::Tensor k = view(k_cache_[block], {images, m.H, total, D}).narrow(2, 0, length);
     const at::Tensor v = view(v_cache_[block], {images, m.H, total, D}).narrow(2, 0, length);
     const at::Tensor o = at::scaled_dot_product_attention(q, k, v, {}, 0.0, false, 1.0);
-    out_NC.view({images, l, m.H, D}).copy_(o.transpose(1, 2));
+    return o.transpose(1, 2).reshape({images * l, m.C});
 }
 
 at::Tensor SamplingRun::draw(const at::Tensor& logits_BlV, const at::Tensor& seed_B, int64_t top_k, double top_p) {

@@ -78,7 +78,7 @@ public:
 
 private:
     void modulations(const at::Tensor& label_B);
-    void attend(int64_t block, int64_t images, const at::Tensor& out_NC);
+    at::Tensor attend(int64_t block, int64_t images);  // (images * l, C) of the queries in q_
     const float* modulation(int64_t block, int64_t part) const;
 
     std::shared_ptr<const Model> model_;
