@@ -16,10 +16,10 @@ int64_t sample_tokens(const T* cond, const T* uncond, int64_t rows, int64_t V, d
 
 namespace cpu {
 
-// y (M, N) = x (M, K) W^T + bias (nullptr: none), float32, W (N, K) row-major; gelu: tanh-GELU of that. The order of an
-// element's additions depends on K and the instruction set alone, so a row's result does not depend on the others.
-void linear(const float* x, const float* weight, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu, float* y,
-            int threads);
+// y (M, N) = x (M, K) W^T + bias (nullptr: none), float32, W (N, K) row-major; gelu: tanh-GELU of that. The order of
+// an element's additions depends on K and the instruction set alone, so a row does not depend on the others.
+void linear(const float* x, const float* weight, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu,
+            float* y, int threads);
 
 }  // namespace cpu
 }  // namespace var_fast
