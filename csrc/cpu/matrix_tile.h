@@ -48,14 +48,18 @@ VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float
         }
 }
 
-// w (rows n of stride, K) -> (K, COLUMNS), zeros where n >= n_count
-VAR_FAST_TARGET void pack_columns(const float* w, int64_t stride, int64_t n_count, int64_t K, float* packed) {
+// w (rows n of stride, K) -> (K, COLUMNS), zeros where n >= n_count; meanwhile FETCH rows at `next` as above
+template <int FETCH>
+VAR_FAST_TARGET void pack_columns(const float* w, int64_t stride, int64_t n_count, int64_t K, const float* next,
+                                  float* packed) {
     int64_t k = 0;
     if (n_count == COLUMNS)
-        for (; k + LANES <= K; k += LANES)
+        for (; k + LANES <= K; k += LANES) {
+            for (int i = 0; i < FETCH; ++i) __builtin_prefetch(next + i * stride + k, 0, 2);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v)
                 transpose(w + v * LANES * stride + k, stride, packed + k * COLUMNS + v * LANES);
+        }
     for (; k < K; ++k)
         for (int64_t n = 0; n < COLUMNS; ++n) packed[k * COLUMNS + n] = n < n_count ? w[n * stride + k] : 0.0f;
 }

@@ -1,4 +1,4 @@
-"""The native float32 linear layer: against float64, and bitwise the same in any batch and on any number of threads."""
+"""The native float32 linear layer: against float64, and bitwise the same in any batch and on any threads."""
 
 import os
 import platform
