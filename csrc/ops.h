@@ -29,5 +29,10 @@ void gelu(void* x, Type type, int64_t n, int threads);
 void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
                      int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, int threads);
 
+// sample_tokens of guided logits (B, l, V) with the random numbers of philox.h for (seed of the image, scale, token);
+// idx (B, l). Returns -1, or the lowest image whose logits are not finite (its indices are then unspecified).
+int64_t draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
+                    int64_t top_k, double top_p, int64_t* idx, int threads);
+
 }  // namespace cpu
 }  // namespace var_fast

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from var_fast import _C
+from var_fast.engine.philox import uniforms
+from var_fast.ops.sample_tokens import filter_logits_, sample_tokens_reference
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -115,6 +117,46 @@ def check_group_norm_silu():
     y, ones, zeros = torch.empty_like(x), torch.ones(8), torch.zeros(8)
     group_norm_silu(x, ones, zeros, 4, False, y)
     check("group norm with a large mean", y, F.group_norm(x.double().transpose(1, 2), 4, eps=1e-6).transpose(1, 2))
+
+
+def draw_tokens(logits, seeds, scale, top_k, top_p, threads=2):
+    B, l, V = logits.shape
+    idx = torch.empty(B, l, dtype=torch.int64)
+    bad = _C.cpu_draw_tokens(address(logits), address(seeds), scale, B, l, V, top_k, top_p, address(idx), threads)
+    return idx if bad < 0 else bad
+
+
+def near_ties(logits, top_k, top_p, u):
+    """(B, l) bool: where a cumulative probability lies within float64 rounding of 1 - top_p or of u."""
+    guided = filter_logits_(logits.double(), top_k, 0.0)
+    ascending = guided.sort(dim=-1).values.softmax(dim=-1).cumsum(dim=-1)
+    running = filter_logits_(guided, 0, top_p).softmax(dim=-1).cumsum(dim=-1)
+    at_p = ((ascending - (1 - top_p)).abs() < 1e-12).any(dim=-1) & (0 < top_p < 1)
+    return at_p | ((running - u.unsqueeze(-1)).abs() < 1e-12).any(dim=-1)
+
+
+def check_draw_tokens():
+    """Continuous logits, and few levels of them, where most tie; sizes on both sides of every vector's."""
+    g = torch.Generator().manual_seed(4)
+    unsure = 0
+    for V, levels, spread in itertools.product([1, 2, 15, 17, 64, 65, 1000, 4096], [None, 1, 2, 9], [0.1, 4.0, 300.0]):
+        B, l, scale = 3, 5, V % 11
+        logits = torch.randn(B, l, V, generator=g) * spread
+        if levels is not None:
+            logits = torch.randint(-levels, levels, (B, l, V), generator=g).float() * spread
+        logits[0, 0] *= -0.0  # zeros of both signs, which tie
+        seeds = torch.randint(-(2**62), 2**62, (B,), generator=g)
+        u = uniforms(seeds, 0, scale, l)[..., 0]
+        for top_k, top_p in [(0, 0.0), (1, 0.0), (V // 4, 0.96), (0, 0.5), (V, 1.0), (7, 1e-9), (2 * V, 0.999)]:
+            right = sample_tokens_reference(logits, None, 0.0, top_k, top_p, u)
+            found = draw_tokens(logits, seeds, scale, top_k, top_p)
+            sure = ~near_ties(logits, top_k, top_p, u)
+            assert torch.equal(found[sure], right[sure]), (V, levels, spread, top_k, top_p)
+            unsure += int((~sure).sum())
+    assert unsure < 500  # of 10080
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        logits[1, 4, V - 1] = logits[2, 0, 0] = poison
+        assert draw_tokens(logits, seeds, 0, 5, 0.9) == 1
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
