@@ -64,6 +64,15 @@ int64_t cpu_draw_tokens(uintptr_t logits, uintptr_t seeds, int64_t scale, int64_
                                       writable<int64_t>(idx), threads);
 }
 
+void cpu_pyramid_update(uintptr_t idx, uintptr_t codes, uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias,
+                        float phi_ratio, uintptr_t f_hat, int64_t B, int64_t C, int64_t h, int64_t w, int64_t pn,
+                        int64_t pn_next, uintptr_t next_map, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::pyramid_update(pointer<int64_t>(idx), pointer<float>(codes), pointer<float>(codebook),
+                                  pointer<float>(phi_weight), pointer<float>(phi_bias), phi_ratio,
+                                  writable<float>(f_hat), B, C, h, w, pn, pn_next, writable<float>(next_map), threads);
+}
+
 py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
     const var_fast::Philox words =
         var_fast::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
@@ -87,6 +96,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("silu"), py::arg("y"), py::arg("y_type"), py::arg("threads"));
     m.def("cpu_draw_tokens", &cpu_draw_tokens, py::arg("logits"), py::arg("seeds"), py::arg("scale"), py::arg("B"),
           py::arg("l"), py::arg("V"), py::arg("top_k"), py::arg("top_p"), py::arg("idx"), py::arg("threads"));
+    m.def("cpu_pyramid_update", &cpu_pyramid_update, py::arg("idx"), py::arg("codes"), py::arg("codebook"),
+          py::arg("phi_weight"), py::arg("phi_bias"), py::arg("phi_ratio"), py::arg("f_hat"), py::arg("B"),
+          py::arg("C"), py::arg("h"), py::arg("w"), py::arg("pn"), py::arg("pn_next"), py::arg("next_map"),
+          py::arg("threads"));
     m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
     m.def("token_uniform", &var_fast::token_uniform, py::arg("seed"), py::arg("scale"), py::arg("token"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });

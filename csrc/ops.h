@@ -34,5 +34,12 @@ void group_norm_silu(const void* x, Type x_type, const float* weight, const floa
 int64_t draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
                     int64_t top_k, double top_p, int64_t* idx, int threads);
 
+// Tokens idx (B, pn * pn), or with idx == nullptr their codes (B, pn * pn, C) -> bicubic up to h x w ->
+// phi(x) = (1 - phi_ratio) x + phi_ratio conv3x3(x), weight (C, C, 3, 3), bias (C); phi_weight == nullptr: the identity
+// -> added to f_hat (B, C, h, w) -> its area means next_map (B, pn_next * pn_next, C); pn_next == 0: none.
+void pyramid_update(const int64_t* idx, const float* codes, const float* codebook, const float* phi_weight,
+                    const float* phi_bias, float phi_ratio, float* f_hat, int64_t B, int64_t C, int64_t h, int64_t w,
+                    int64_t pn, int64_t pn_next, float* next_map, int threads);
+
 }  // namespace cpu
 }  // namespace var_fast

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from var_fast import _C
 from var_fast.engine.philox import uniforms
+from var_fast.ops.pyramid_update import pyramid_update_reference
 from var_fast.ops.sample_tokens import filter_logits_, sample_tokens_reference
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -157,6 +158,38 @@ def check_draw_tokens():
     for poison in (torch.nan, torch.inf, -torch.inf):
         logits[1, 4, V - 1] = logits[2, 0, 0] = poison
         assert draw_tokens(logits, seeds, 0, 5, 0.9) == 1
+
+
+def pyramid_update(idx, codes, codebook, weight, bias, ratio, f_hat, pn, pn_next, threads):
+    B, C, h, w = f_hat.shape
+    next_map = torch.empty(B, pn_next * pn_next, C)
+    inputs = address(idx), address(codes), address(codebook), address(weight), address(bias), ratio
+    _C.cpu_pyramid_update(*inputs, address(f_hat), B, C, h, w, pn, pn_next, address(next_map), threads)
+    return next_map
+
+
+def check_pyramid_update():
+    g = torch.Generator().manual_seed(5)
+    sizes = [(1, 1, 1, 1, 1, 1), (1, 32, 16, 16, 5, 6), (3, 32, 16, 16, 16, 16), (2, 4, 7, 9, 4, 5)]
+    sizes += [(1, 33, 13, 11, 3, 17), (5, 48, 9, 6, 1, 2), (1, 70, 20, 20, 10, 13), (1, 32, 32, 32, 20, 32)]
+    for (B, C, h, w, pn, pn_next), with_phi, by_index in itertools.product(sizes, [False, True], [False, True]):
+        codebook = torch.randn(23, C, generator=g)
+        idx = torch.randint(23, (B, pn * pn), generator=g)
+        weight, bias = torch.randn(C, C, 3, 3, generator=g) * (9 * C) ** -0.5, torch.randn(C, generator=g)
+        phi = (weight, bias, 0.3) if with_phi else (None, None, 0.0)
+        f_hat = torch.randn(B, C, h, w, generator=g)
+        right_f = f_hat.double()
+        double = [None if x is None else x.double() for x in (codebook, *phi[:2])]
+        right_next = pyramid_update_reference(idx, *double, phi[2], right_f, pn, pn_next)
+        tokens = (idx, None, codebook) if by_index else (None, codebook[idx], None)
+        for threads in (1, 3):
+            found_f = f_hat.clone()
+            next_map = pyramid_update(*tokens, *phi, found_f, pn, pn_next, threads)
+            check(f"pyramid f_hat {B, C, h, w, pn, pn_next}", found_f, right_f)
+            check("pyramid next map", next_map, right_next.flatten(2).transpose(1, 2))
+            alone = f_hat.clone()
+            pyramid_update(*tokens, *phi, alone, pn, 0, threads)
+            assert torch.equal(alone, found_f)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
