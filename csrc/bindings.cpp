@@ -1,10 +1,14 @@
 // Python bindings of the native operators. Tensors arrive as addresses, checked by var_fast/ops/<operator>.py:
 // so this file needs pybind11 alone, and builds in seconds.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "engine_bindings.h"
 #include "cpu/isa.h"
 #include "ops.h"
+#include "philox.h"
 
 namespace py = pybind11;
 
@@ -78,6 +82,28 @@ void cpu_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t M, int64_
                           reinterpret_cast<float*>(y), threads);
 }
 
+int64_t cpu_draw_tokens(uintptr_t logits, uintptr_t seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
+                        int64_t top_k, double top_p, uintptr_t idx, int threads) {
+    py::gil_scoped_release without_gil;
+    return var_fast::cpu::draw_tokens(pointer<float>(logits), pointer<int64_t>(seeds), scale, B, l, V, top_k, top_p,
+                                      writable<int64_t>(idx), threads);
+}
+
+void cpu_pyramid_update(uintptr_t idx, uintptr_t codes, uintptr_t codebook, uintptr_t phi_weight, uintptr_t phi_bias,
+                        float phi_ratio, uintptr_t f_hat, int64_t B, int64_t C, int64_t h, int64_t w, int64_t pn,
+                        int64_t pn_next, uintptr_t next_map, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::pyramid_update(pointer<int64_t>(idx), pointer<float>(codes), pointer<float>(codebook),
+                                  pointer<float>(phi_weight), pointer<float>(phi_bias), phi_ratio,
+                                  writable<float>(f_hat), B, C, h, w, pn, pn_next, writable<float>(next_map), threads);
+}
+
+py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+    const var_fast::Philox words =
+        var_fast::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+    return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -109,6 +135,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_group_norm_silu", &cpu_group_norm_silu, py::arg("x"), py::arg("x_type"), py::arg("weight"),
           py::arg("bias"), py::arg("B"), py::arg("hw"), py::arg("C"), py::arg("groups"), py::arg("eps"),
           py::arg("silu"), py::arg("y"), py::arg("y_type"), py::arg("threads"));
+    m.def("cpu_draw_tokens", &cpu_draw_tokens, py::arg("logits"), py::arg("seeds"), py::arg("scale"), py::arg("B"),
+          py::arg("l"), py::arg("V"), py::arg("top_k"), py::arg("top_p"), py::arg("idx"), py::arg("threads"));
+    m.def("cpu_pyramid_update", &cpu_pyramid_update, py::arg("idx"), py::arg("codes"), py::arg("codebook"),
+          py::arg("phi_weight"), py::arg("phi_bias"), py::arg("phi_ratio"), py::arg("f_hat"), py::arg("B"),
+          py::arg("C"), py::arg("h"), py::arg("w"), py::arg("pn"), py::arg("pn_next"), py::arg("next_map"),
+          py::arg("threads"));
+    m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
+    m.def("token_uniform", &var_fast::token_uniform, py::arg("seed"), py::arg("scale"), py::arg("token"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
     m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
           py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));

@@ -11,6 +11,8 @@
 namespace var_fast::cpu {
 
 #define VAR_FAST_INLINE inline __attribute__((always_inline))
+#define VAR_FAST_INLINE_AVX512 VAR_FAST_INLINE VAR_FAST_AVX512
+#define VAR_FAST_INLINE_AVX2 VAR_FAST_INLINE VAR_FAST_AVX2
 
 struct bf16 {
     uint16_t bits;

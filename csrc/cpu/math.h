@@ -49,8 +49,6 @@ constexpr float GELU_1 = -2 * 0.79788456f * LOG2_E, GELU_3 = 0.044715f * GELU_1;
 VAR_FAST_INLINE float gelu_of(float x) { return x * inverse_of_1_plus_exp2(x * (GELU_3 * (x * x) + GELU_1)); }
 
 #ifdef VAR_FAST_X86
-#define VAR_FAST_INLINE_AVX512 VAR_FAST_INLINE VAR_FAST_AVX512
-
 VAR_FAST_INLINE_AVX512 __m512 load_avx512(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 
 VAR_FAST_INLINE_AVX512 __m512 load_avx512(const bf16* from, __mmask16 mask) {

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from var_fast.engine.philox import philox4x32, uniforms
+from var_fast.engine.sampler import TOKEN_STREAM
 
 VECTORS = [  # counter, key, result: the known answers published with the Random123 library
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -21,6 +22,21 @@ def words(text):
 @pytest.mark.parametrize("counter,key,result", VECTORS)
 def test_known_answers(counter, key, result):
     assert torch.equal(philox4x32(words(counter), words(key)), words(result))
+
+
+@pytest.mark.parametrize("counter,key,result", VECTORS)
+def test_known_answers_in_cpp(counter, key, result):
+    native = pytest.importorskip("var_fast._C")
+    assert list(native.philox4x32(words(counter)[0].tolist(), words(key)[0].tolist())) == words(result)[0].tolist()
+
+
+def test_the_draws_of_tokens_in_cpp():
+    native = pytest.importorskip("var_fast._C")
+    seeds = torch.tensor([0, 5, 2**40 + 7, -3, 2**63 - 1, -(2**63)])
+    for scale in (0, 1, 9):
+        u = uniforms(seeds, TOKEN_STREAM, scale, 300)[..., 0]
+        for i, seed in enumerate(seeds.tolist()):
+            assert [native.token_uniform(seed, scale, token) for token in range(300)] == u[i].tolist()
 
 
 def test_uniforms_depend_on_seed_stream_scale_and_token_only():

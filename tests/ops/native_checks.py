@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from var_fast import _C
+from var_fast.engine.philox import uniforms
+from var_fast.ops.pyramid_update import pyramid_update_reference
+from var_fast.ops.sample_tokens import filter_logits_, sample_tokens_reference
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -115,6 +118,78 @@ def check_group_norm_silu():
     y, ones, zeros = torch.empty_like(x), torch.ones(8), torch.zeros(8)
     group_norm_silu(x, ones, zeros, 4, False, y)
     check("group norm with a large mean", y, F.group_norm(x.double().transpose(1, 2), 4, eps=1e-6).transpose(1, 2))
+
+
+def draw_tokens(logits, seeds, scale, top_k, top_p, threads=2):
+    B, l, V = logits.shape
+    idx = torch.empty(B, l, dtype=torch.int64)
+    bad = _C.cpu_draw_tokens(address(logits), address(seeds), scale, B, l, V, top_k, top_p, address(idx), threads)
+    return idx if bad < 0 else bad
+
+
+def near_ties(logits, top_k, top_p, u):
+    """(B, l) bool: where a cumulative probability lies within float64 rounding of 1 - top_p or of u."""
+    guided = filter_logits_(logits.double(), top_k, 0.0)
+    ascending = guided.sort(dim=-1).values.softmax(dim=-1).cumsum(dim=-1)
+    running = filter_logits_(guided, 0, top_p).softmax(dim=-1).cumsum(dim=-1)
+    at_p = ((ascending - (1 - top_p)).abs() < 1e-12).any(dim=-1) & (0 < top_p < 1)
+    return at_p | ((running - u.unsqueeze(-1)).abs() < 1e-12).any(dim=-1)
+
+
+def check_draw_tokens():
+    """Continuous logits, and few levels of them, where most tie; sizes on both sides of every vector's."""
+    g = torch.Generator().manual_seed(4)
+    unsure = 0
+    for V, levels, spread in itertools.product([1, 2, 15, 17, 64, 65, 1000, 4096], [None, 1, 2, 9], [0.1, 4.0, 300.0]):
+        B, l, scale = 3, 5, V % 11
+        logits = torch.randn(B, l, V, generator=g) * spread
+        if levels is not None:
+            logits = torch.randint(-levels, levels, (B, l, V), generator=g).float() * spread
+        logits[0, 0] *= -0.0  # zeros of both signs, which tie
+        seeds = torch.randint(-(2**62), 2**62, (B,), generator=g)
+        u = uniforms(seeds, 0, scale, l)[..., 0]
+        for top_k, top_p in [(0, 0.0), (1, 0.0), (V // 4, 0.96), (0, 0.5), (V, 1.0), (7, 1e-9), (2 * V, 0.999)]:
+            right = sample_tokens_reference(logits, None, 0.0, top_k, top_p, u)
+            found = draw_tokens(logits, seeds, scale, top_k, top_p)
+            sure = ~near_ties(logits, top_k, top_p, u)
+            assert torch.equal(found[sure], right[sure]), (V, levels, spread, top_k, top_p)
+            unsure += int((~sure).sum())
+    assert unsure < 500  # of 10080
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        logits[1, 4, V - 1] = logits[2, 0, 0] = poison
+        assert draw_tokens(logits, seeds, 0, 5, 0.9) == 1
+
+
+def pyramid_update(idx, codes, codebook, weight, bias, ratio, f_hat, pn, pn_next, threads):
+    B, C, h, w = f_hat.shape
+    next_map = torch.empty(B, pn_next * pn_next, C)
+    inputs = address(idx), address(codes), address(codebook), address(weight), address(bias), ratio
+    _C.cpu_pyramid_update(*inputs, address(f_hat), B, C, h, w, pn, pn_next, address(next_map), threads)
+    return next_map
+
+
+def check_pyramid_update():
+    g = torch.Generator().manual_seed(5)
+    sizes = [(1, 1, 1, 1, 1, 1), (1, 32, 16, 16, 5, 6), (3, 32, 16, 16, 16, 16), (2, 4, 7, 9, 4, 5)]
+    sizes += [(1, 33, 13, 11, 3, 17), (5, 48, 9, 6, 1, 2), (1, 70, 20, 20, 10, 13), (1, 32, 32, 32, 20, 32)]
+    for (B, C, h, w, pn, pn_next), with_phi, by_index in itertools.product(sizes, [False, True], [False, True]):
+        codebook = torch.randn(23, C, generator=g)
+        idx = torch.randint(23, (B, pn * pn), generator=g)
+        weight, bias = torch.randn(C, C, 3, 3, generator=g) * (9 * C) ** -0.5, torch.randn(C, generator=g)
+        phi = (weight, bias, 0.3) if with_phi else (None, None, 0.0)
+        f_hat = torch.randn(B, C, h, w, generator=g)
+        right_f = f_hat.double()
+        double = [None if x is None else x.double() for x in (codebook, *phi[:2])]
+        right_next = pyramid_update_reference(idx, *double, phi[2], right_f, pn, pn_next)
+        tokens = (idx, None, codebook) if by_index else (None, codebook[idx], None)
+        for threads in (1, 3):
+            found_f = f_hat.clone()
+            next_map = pyramid_update(*tokens, *phi, found_f, pn, pn_next, threads)
+            check(f"pyramid f_hat {B, C, h, w, pn, pn_next}", found_f, right_f)
+            check("pyramid next map", next_map, right_next.flatten(2).transpose(1, 2))
+            alone = f_hat.clone()
+            pyramid_update(*tokens, *phi, alone, pn, 0, threads)
+            assert torch.equal(alone, found_f)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
