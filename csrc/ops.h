@@ -36,8 +36,8 @@ int64_t v_cache_bytes(Type type, int64_t R, int64_t H, int64_t D, int64_t capaci
 
 // out (R, l, H, D) = softmax(q K^T) V over the first `length` tokens of the caches, all as qk_norm left them.
 // float32: an image's result depends neither on R nor on `threads`, to the last bit.
-void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l, int64_t H,
-                     int64_t D, int64_t length, int64_t capacity, void* out, int threads);
+void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l,
+                     int64_t H, int64_t D, int64_t length, int64_t capacity, void* out, int threads);
 
 // y (M, N) = x (M, K) W^T + bias (nullptr: none), W (N, K) row-major; gelu: tanh-GELU of that. The order of an element's
 // additions depends on K and the instruction set alone, so a row does not depend on the others.

@@ -71,8 +71,10 @@ VAR_FAST_AVX2 void softmax(const Softmax& s) {
         float* scores = s.scores + row * s.row;
         __m256 most = _mm256_set1_ps(s.largest[row]);
         for (int64_t key = 0; key < whole; key += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + key));
-        if (whole < s.keys)
-            most = _mm256_max_ps(most, _mm256_blendv_ps(most, _mm256_loadu_ps(scores + whole), _mm256_castsi256_ps(tail)));
+        if (whole < s.keys) {
+            const __m256 last = _mm256_loadu_ps(scores + whole);
+            most = _mm256_max_ps(most, _mm256_blendv_ps(most, last, _mm256_castsi256_ps(tail)));
+        }
         const float largest = across(most, [](float a, float b) { return a > b ? a : b; });
         const __m256 shift = _mm256_set1_ps(largest);
         __m256 sum = _mm256_setzero_ps();

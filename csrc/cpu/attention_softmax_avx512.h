@@ -28,7 +28,8 @@ template <class Combine>
 VAR_FAST_AVX512 inline __m512 across(const __m512 (&x)[16]) {
     __m512 pairs[8], fours[4], halves[2];
     for (int i = 0; i < 8; ++i) {  // rows i and i + 8 share a vector from here on: 8 lanes each
-        const __m512 low = _mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), high = _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee);
+        const __m512 low = _mm512_shuffle_f32x4(x[i], x[i + 8], 0x44);
+        const __m512 high = _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee);
         pairs[i] = Combine::of(low, high);
     }
     for (int i = 0; i < 4; ++i) {  // 128 bits for each of rows i, i + 4, i + 8, i + 12
@@ -72,7 +73,8 @@ VAR_FAST_AVX512 inline void softmax_of(const Softmax& s) {
         const __m512 factor = _mm512_mask_mov_ps(one, changed, exp2_of(_mm512_sub_ps(before, largest), EXP2));
         _mm512_storeu_ps(s.largest + begin, largest);
         _mm512_storeu_ps(s.factor + begin, factor);
-        for (int64_t row = 0; row < rows; ++row) lanes[row] = weigh(scores + row * s.row, s.keys, s.largest[begin + row]);
+        for (int64_t row = 0; row < rows; ++row)
+            lanes[row] = weigh(scores + row * s.row, s.keys, s.largest[begin + row]);
         const __m512 total = _mm512_fmadd_ps(_mm512_loadu_ps(s.total + begin), factor, across<Sum>(lanes));
         _mm512_storeu_ps(s.total + begin, total);
     }

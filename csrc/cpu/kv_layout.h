@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "../ops.h"
 
@@ -25,24 +24,5 @@ inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
 #define VAR_FAST_INLINE __attribute__((always_inline)) inline
 
 using bf16 = uint16_t;  // the upper half of a float's bits
-
-VAR_FAST_INLINE float to_float(float x) { return x; }
-VAR_FAST_INLINE float to_float(bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// To nearest, ties to even; a NaN keeps its upper bits and stays one.
-VAR_FAST_INLINE bf16 to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x40;
-    return static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
-}
-VAR_FAST_INLINE void store(float x, float* to) { *to = x; }
-VAR_FAST_INLINE void store(float x, bf16* to) { *to = to_bf16(x); }
 
 }  // namespace var_fast::cpu

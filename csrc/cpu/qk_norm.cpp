@@ -9,6 +9,7 @@
 #include "kv_layout.h"
 #include "parallel.h"
 #include "transpose.h"
+#include "wide.h"
 
 namespace var_fast::cpu {
 namespace {
@@ -24,41 +25,12 @@ struct Arguments {
     int64_t begin, capacity;
 };
 
-// 512 bits in one register, or in several smaller ones: the compiler's vectors fit any instruction set.
-using Floats = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Lanes = int32_t __attribute__((vector_size(64)));
-
-// 512 bits of T at x; where D is PADDED only the first `left` numbers are there, the others zero.
-template <bool PADDED, typename T>
-VAR_FAST_INLINE Words load(const T* x, int64_t left) {
-    constexpr int64_t ALL = 64 / sizeof(T);
-    Words words = {};
-    if (!PADDED || left >= ALL)
-        std::memcpy(&words, x, sizeof words);
-    else if (left > 0)
-        std::memcpy(&words, x, left * sizeof(T));
-    return words;
-}
-
-// Those numbers as floats: bfloat16 is the upper half of one, and two of them share a word.
-VAR_FAST_INLINE Floats even(Words words) { return (Floats)(words << 16); }
-VAR_FAST_INLINE Floats odd(Words words) { return (Floats)(words & 0xffff0000); }
-
-VAR_FAST_INLINE Words rounded(Floats x) {  // to bfloat16 in the upper half, as to_bf16
-    const Words bits = (Words)x;
-    const Lanes nan = (Lanes)(x != x);
-    return (Words)(nan ? (Lanes)(bits | 0x400000) : (Lanes)(bits + 0x7fff + ((bits >> 16) & 1)));
-}
-
 VAR_FAST_INLINE Floats squares(Words x, float) { return (Floats)x * (Floats)x; }
 VAR_FAST_INLINE Floats squares(Words x, bf16) { return even(x) * even(x) + odd(x) * odd(x); }
 VAR_FAST_INLINE Words times(Words x, float by, float) { return (Words)((Floats)x * by); }
 VAR_FAST_INLINE Words times(Words x, float by, bf16) {
     return rounded(even(x) * by) >> 16 | (rounded(odd(x) * by) & 0xffff0000);
 }
-
-VAR_FAST_INLINE void store(Words words, void* to) { std::memcpy(to, &words, sizeof words); }
 
 template <bool PADDED, typename T>
 VAR_FAST_INLINE float inverse_length(const T* x, int64_t D) {
@@ -70,13 +42,14 @@ VAR_FAST_INLINE float inverse_length(const T* x, int64_t D) {
     return 1 / std::max(std::sqrt(sum[0] + sum[1]), 1e-12f);
 }
 
-// Heads [first, last) of all images, in the order (image, head): as scale_attention cuts them, so that a thread finds what
-// it wrote in its own caches.
+// Heads [first, last) of all images, in the order (image, head): as scale_attention cuts them, so that a thread finds
+// what it wrote in its own caches.
 template <typename T, bool PADDED>
 struct Pack {
     static constexpr int64_t CHUNK = 64 / sizeof(T);
 
-    VAR_FAST_INLINE static void run(const Arguments* arguments, StoreTransposed transpose, int64_t first, int64_t last) {
+    VAR_FAST_INLINE static void run(const Arguments* arguments, StoreTransposed transpose, int64_t first,
+                                    int64_t last) {
         const Arguments a = *arguments;  // a copy, which no store below can change
         for (int64_t slice = first; slice < last;) {
             const int64_t r = slice / a.H, end = std::min(last, (r + 1) * a.H);
@@ -177,7 +150,8 @@ int64_t v_cache_bytes(Type type, int64_t R, int64_t H, int64_t D, int64_t capaci
 }
 
 void qk_norm(const void* qkv, Type type, const float* scale_H, float softmax_scale, int64_t S, int64_t R, int64_t l,
-             int64_t H, int64_t D, void* q, void* k_cache, void* v_cache, int64_t begin, int64_t capacity, int threads) {
+             int64_t H, int64_t D, void* q, void* k_cache, void* v_cache, int64_t begin, int64_t capacity,
+             int threads) {
     const Arguments arguments{qkv, scale_H, softmax_scale, S, l, H, D, q, k_cache, v_cache, begin, capacity};
     const StoreTransposed transpose = choose_transpose();
     parallel_for(R * H, threads, 1, [&](int64_t first, int64_t last) {

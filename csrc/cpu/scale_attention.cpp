@@ -5,6 +5,7 @@
 // rows beside it, so an image's result does not depend on its batch nor on the number of threads.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -14,6 +15,7 @@
 #include "isa.h"
 #include "kv_layout.h"
 #include "parallel.h"
+#include "wide.h"
 
 namespace var_fast::cpu {
 namespace {
@@ -49,23 +51,27 @@ float* scratch(int64_t n) {
 
 // Pairs (steps / 2, words, 2) of bfloat16 become (steps, words) in float32: kv_layout's two forms of the same cache.
 struct UnpackPairs {
-    __attribute__((always_inline)) static void run(const bf16* pairs, int64_t steps, int64_t words, float* out) {
+    VAR_FAST_INLINE static void run(const bf16* pairs, int64_t steps, int64_t words, float* out) {
         for (int64_t pair = 0; pair < steps / 2; ++pair, pairs += 2 * words, out += 2 * words)
-            for (int64_t word = 0; word < words; ++word) {
-                out[word] = to_float(pairs[2 * word]);
-                out[words + word] = to_float(pairs[2 * word + 1]);
+            for (int64_t word = 0; word < words; word += 16) {
+                const Words both = load<false>(pairs + 2 * word, 32);
+                store((Words)even(both), out + word);
+                store((Words)odd(both), out + words + word);
             }
     }
 };
 
 struct Unpack {
-    __attribute__((always_inline)) static void run(const bf16* x, int64_t n, float* out) {
-        for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]);
+    VAR_FAST_INLINE static void run(const bf16* x, int64_t n, float* out) {
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+            std::memcpy(out + i, &bits, 4);
+        }
     }
 };
 
 struct Rescale {
-    __attribute__((always_inline)) static void run(float* sums, int64_t rows, int64_t Dp, const float* factor) {
+    VAR_FAST_INLINE static void run(float* sums, int64_t rows, int64_t Dp, const float* factor) {
         for (int64_t row = 0; row < rows; ++row) {
             const float by = factor[row];
             if (by == 1) continue;
@@ -74,13 +80,25 @@ struct Rescale {
     }
 };
 
+VAR_FAST_INLINE Floats floats(const float* x) { return (Floats)load<false>(x, 16); }
+VAR_FAST_INLINE Words scaled(const float* x, float by, float) { return (Words)(floats(x) * by); }
+VAR_FAST_INLINE Words scaled(const float* x, float by, bf16) { return packed(floats(x) * by, floats(x + 16) * by); }
+
 template <typename T>
 struct Finish {
-    __attribute__((always_inline)) static void run(const float* sums, const float* total, int64_t rows, int64_t D,
-                                                   int64_t Dp, T* out, int64_t out_row) {
-        for (int64_t row = 0; row < rows; ++row) {
+    VAR_FAST_INLINE static void run(const float* sums, const float* total, int64_t rows, int64_t D, T* out,
+                                    int64_t out_row) {
+        constexpr int64_t CHUNK = 64 / sizeof(T);
+        const int64_t Dp = padded_D(D);
+        for (int64_t row = 0; row < rows; ++row, sums += Dp, out += out_row) {
             const float by = 1 / total[row];
-            for (int64_t d = 0; d < D; ++d) store(sums[row * Dp + d] * by, out + row * out_row + d);
+            for (int64_t d = 0; d < D; d += CHUNK) {
+                const Words words = scaled(sums + d, by, T{});
+                if (D - d >= CHUNK)
+                    store(words, out + d);
+                else
+                    std::memcpy(out + d, &words, (D - d) * sizeof(T));
+            }
         }
     }
 };
@@ -147,7 +165,8 @@ private:
             const int64_t keys = std::min(key_block_, length - key), padded = padded_keys(keys);
             const void *key_words = k + key * Dp, *value_words = v + key * Dp;
             if constexpr (UNPACKED) {
-                for (int64_t i = 0; i < padded; i += 16) dispatch<UnpackPairs>(k + (key + i) * Dp, Dp, int64_t{16}, m.k + i * Dp);
+                for (int64_t i = 0; i < padded; i += 16)
+                    dispatch<UnpackPairs>(k + (key + i) * Dp, Dp, int64_t{16}, m.k + i * Dp);
                 dispatch<UnpackPairs>(v + key * Dp, padded, Dp, m.v);
                 key_words = m.k, value_words = m.v;
             }
@@ -159,7 +178,7 @@ private:
                               STEPS == 2 ? padded : keys, Dp / 16, key > 0});
         }
         T* out = out_ + ((slice / H * l + query) * H + slice % H) * D;
-        dispatch<Finish<T>>(const_cast<const float*>(m.sums), const_cast<const float*>(m.total), rows, D, Dp, out, H * D);
+        dispatch<Finish<T>>(const_cast<const float*>(m.sums), const_cast<const float*>(m.total), rows, D, out, H * D);
     }
 
     AttentionKernels kernels_;
@@ -179,8 +198,8 @@ void run(const AttentionKernels& kernels, const void* q, const void* k, const vo
 
 }  // namespace
 
-void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l, int64_t H,
-                     int64_t D, int64_t length, int64_t capacity, void* out, int threads) {
+void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l,
+                     int64_t H, int64_t D, int64_t length, int64_t capacity, void* out, int threads) {
     const AttentionKernels kernels = choose_kernels(type);
     const Shape shape{R, l, H, D, length, capacity};
     const auto chosen = type == Type::f32               ? run<float, float>

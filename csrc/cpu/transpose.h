@@ -13,10 +13,11 @@ namespace var_fast::cpu {
 using StoreTransposed = void (*)(const void* from, void* to, unsigned mask);
 
 inline void store_transposed_portable(const void* from, void* to, unsigned mask) {
+    const char* source = static_cast<const char*>(from);
+    char* target = static_cast<char*>(to);
     for (int i = 0; i < 16; ++i)
         if (mask >> i & 1)
-            for (int j = 0; j < 16; ++j)
-                std::memcpy(static_cast<char*>(to) + 64 * j + 4 * i, static_cast<const char*>(from) + 64 * i + 4 * j, 4);
+            for (int j = 0; j < 16; ++j) std::memcpy(target + 64 * j + 4 * i, source + 64 * i + 4 * j, 4);
 }
 
 #ifdef VAR_FAST_X86
@@ -35,7 +36,8 @@ VAR_FAST_AVX512 inline void store_transposed_avx512(const void* from, void* to, 
     }
     // a[4 g + c], 128 bits number q: column 4 q + c of rows 4 g to 4 g + 3. Now a transpose of 128-bit words, g with q.
     for (int c = 0; c < 4; ++c) {
-        const __m512i even_01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd_01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        const __m512i even_01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+        const __m512i odd_01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
         const __m512i even_23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
         const __m512i odd_23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
         b[c] = _mm512_shuffle_i32x4(even_01, even_23, 0x88);
