@@ -104,6 +104,18 @@ py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<ui
     return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
 }
 
+void cpu_conv3x3_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::conv3x3_pack(pointer<float>(weight), Cin, Cout, reinterpret_cast<float*>(packed));
+}
+
+void cpu_conv3x3(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, int64_t B, int64_t h, int64_t w,
+                 int64_t Cin, int64_t Cout, uintptr_t y, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::conv3x3(pointer<float>(x), pointer<float>(packed), pointer<float>(bias), pointer<float>(residual), B,
+                           h, w, Cin, Cout, reinterpret_cast<float*>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -146,4 +158,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
     m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
           py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_conv3x3_packed_bytes", &var_fast::cpu::conv3x3_packed_bytes, py::arg("Cin"), py::arg("Cout"));
+    m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
+    m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
+          py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
 }

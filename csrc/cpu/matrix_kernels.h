@@ -31,7 +31,10 @@ inline Vector load(const float* p) {
 inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 inline Vector everywhere(float a) { return Vector{a, a, a, a}; }
 inline Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+inline Vector minus_fma(Vector a, Vector b, Vector c) { return c - a * b; }
 inline Vector add(Vector a, Vector b) { return a + b; }
+inline Vector subtract(Vector a, Vector b) { return a - b; }
+inline Vector multiply(Vector a, Vector b) { return a * b; }
 // (LANES rows of `stride`, LANES) -> (LANES rows of COLUMNS, LANES)
 inline void transpose(const float* from, int64_t stride, float* to) {
     for (int i = 0; i < LANES; ++i)
@@ -51,7 +54,10 @@ VAR_FAST_TARGET inline Vector load(const float* p) { return _mm256_loadu_ps(p); 
 VAR_FAST_TARGET inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
 VAR_FAST_TARGET inline Vector everywhere(float a) { return _mm256_set1_ps(a); }
 VAR_FAST_TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+VAR_FAST_TARGET inline Vector minus_fma(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }
 VAR_FAST_TARGET inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+VAR_FAST_TARGET inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+VAR_FAST_TARGET inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to) {
 #pragma GCC unroll 2
     for (int k = 0; k < LANES; k += 4) {
@@ -89,7 +95,10 @@ VAR_FAST_TARGET inline Vector everywhere(float a) {
     return v;
 }
 VAR_FAST_TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+VAR_FAST_TARGET inline Vector minus_fma(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }
 VAR_FAST_TARGET inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+VAR_FAST_TARGET inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
+VAR_FAST_TARGET inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 // Groups of four lanes come together while loading, the ports that multiply do half the shuffles of the usual way. A
 // cache line is used up at once: rows that lie 4096 bytes apart evict each other.
 VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to) {
