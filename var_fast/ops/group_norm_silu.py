@@ -33,7 +33,9 @@ def group_norm_silu(
     if x_BChw.shape[1] % groups:
         raise ValueError(f"x_BChw has {x_BChw.shape[1]} channels, expected a multiple of groups = {groups}")
     tensors = x_BChw, weight_C, bias_C
-    chosen = choose_backend("group_norm_silu", x_BChw.device, backend, lambda: _native_misfit(*tensors, backend))
+    chosen = choose_backend(
+        "group_norm_silu", x_BChw.device, backend, lambda: _native_misfit(*tensors, groups, backend)
+    )
     if chosen == "triton":
         return _triton(*tensors, groups, float(eps))[0]
     if chosen == "native":
@@ -101,9 +103,11 @@ _backward_triton = register(
 
 
 # -------------------------------------------------------------------------------------------------- native, no gradient
-def _native_misfit(x_BChw, weight_C, bias_C, backend) -> str | None:
+def _native_misfit(x_BChw, weight_C, bias_C, groups, backend) -> str | None:
     if x_BChw.dim() != 4 or weight_C.shape != x_BChw.shape[1:2] or bias_C.shape != weight_C.shape:
         return "it takes x (B, C, h, w), weight (C,) and bias (C,)"
+    if x_BChw.numel() <= groups:
+        return "it takes more than one value per group"
     if named_backend(backend) != "native" and not x_BChw.is_contiguous(memory_format=torch.channels_last):
         return "it works channels last, and the two copies of another format would cost more than it gains"
     # float32 layers beside bfloat16 maps are common, and the reference takes them too
