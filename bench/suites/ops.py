@@ -82,12 +82,16 @@ def backend_implementations(case: Case) -> Implementations:
     name, found = case.subject.operator.name, {}
     for backend in FAST_BACKENDS[name]:
         try:
-            choose_backend(name, case.device, backend)
+            choose_backend(name, case.device, backend, partial(_no_gradient, case.subject))
         except UserError as problem:
             found[backend] = CannotRun(str(problem))
         else:
             found[backend] = as_implementation(case, partial(getattr(var_fast.ops, name), backend=backend))
     return found
+
+
+def _no_gradient(subject: OpSubject) -> str | None:
+    return "it has no gradient" if subject.backward else None
 
 
 def float64_expected(case: Case) -> Callable:

@@ -64,6 +64,7 @@ struct Rows {
 void residual_adaln_modulate(float* x, const void* branch, Type branch_type, const float* gate, const float* scale,
                              const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
                              void* y, Type y_type, int threads) {
+    if (R * L * C == 0) return;
     const Modulation per_image{branch ? gate : scale, scale, shift, stride, M};
     with_element(branch ? branch_type : Type::f32, [&](auto branch_element) {
         with_element(y_type, [&](auto y_element) {

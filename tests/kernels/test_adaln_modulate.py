@@ -171,7 +171,7 @@ def test_auto_never_interprets():
     from var_fast.ops.backend import choose_backend
 
     assert os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
-    assert choose_backend("adaln_modulate", "cpu") == "reference"
+    assert choose_backend("adaln_modulate", "cpu") != "triton"
 
 
 @pytest.mark.gpu

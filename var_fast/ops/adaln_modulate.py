@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from var_fast.ops.backend import choose_backend
 from var_fast.ops.library import register
+from var_fast.ops.native import TYPES, as_float32, misfit, pointer
 
 
 def adaln_modulate_reference(x_BLC, scale_BC, shift_BC, eps=1e-6):
@@ -30,11 +31,14 @@ def adaln_modulate(
     """y = LN(x) (1 + scale) + shift, scale and shift per image; LN has no parameters of its own.
 
     Shapes: x (B, L, C); scale, shift (B, C); result (B, L, C).
-    Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run.
+    Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run: native has no
+    gradient, and takes float32 and bfloat16.
     """
     _check_modulation(x_BLC, scale_BC=scale_BC, shift_BC=shift_BC)
-    if choose_backend("adaln_modulate", x_BLC.device, backend) == "triton":
-        return _triton(x_BLC, scale_BC, shift_BC, float(eps))
+    tensors = x_BLC, scale_BC, shift_BC
+    chosen = choose_backend("adaln_modulate", x_BLC.device, backend, lambda: misfit(*tensors))
+    if chosen != "reference":
+        return (_triton if chosen == "triton" else _native)(*tensors, float(eps))
     return adaln_modulate_reference(x_BLC, scale_BC, shift_BC, eps)
 
 
@@ -51,13 +55,16 @@ def residual_adaln_modulate(
     """The residual before the norm and the norm itself: x' = x + gate * branch, y = LN(x') (1 + scale) + shift.
 
     Shapes: x, branch (B, L, C); gate, scale, shift (B, C); result (x', y), both (B, L, C).
-    Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run.
+    Raises ValueError where the shapes do not fit, BackendUnavailable where a named backend cannot run: native has no
+    gradient, and takes float32 and bfloat16.
     """
     if branch_BLC.shape != x_BLC.shape:
         raise ValueError(f"branch_BLC has shape {tuple(branch_BLC.shape)}, expected x_BLC's, {tuple(x_BLC.shape)}")
     _check_modulation(x_BLC, gate_BC=gate_BC, scale_BC=scale_BC, shift_BC=shift_BC)
-    if choose_backend("residual_adaln_modulate", x_BLC.device, backend) == "triton":
-        return _residual_triton(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, float(eps))
+    tensors = x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC
+    chosen = choose_backend("residual_adaln_modulate", x_BLC.device, backend, lambda: misfit(*tensors))
+    if chosen != "reference":
+        return (_residual_triton if chosen == "triton" else _residual_native)(*tensors, float(eps))
     return residual_adaln_modulate_reference(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps)
 
 
@@ -164,4 +171,58 @@ _residual_backward_triton = register(
         _like(branch_BLC),
         *(_per_image(x_BLC) for _ in range(3)),
     ),
+)
+
+
+# -------------------------------------------------------------------------------------------------- native, no gradient
+def _run_native(x_BLC, scale_BC, shift_BC, eps):
+    return _call_native(as_float32(x_BLC), None, None, scale_BC, shift_BC, eps, x_BLC.dtype)
+
+
+def _residual_run_native(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
+    # in float32, and a copy: the extension adds to it in place
+    x_new_BLC = x_BLC.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    branch_BLC = (branch_BLC if branch_BLC.dtype in TYPES else branch_BLC.float()).contiguous()
+    y_BLC = _call_native(x_new_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps, x_BLC.dtype)
+    return x_new_BLC.to(x_BLC.dtype), y_BLC
+
+
+def _call_native(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps, dtype):
+    from var_fast import _C
+
+    B, L, C = x_BLC.shape
+    y_BLC = x_BLC.new_empty(B, L, C, dtype=dtype)
+    gate_BC, scale_BC, shift_BC = (as_float32(m_BC) for m_BC in (gate_BC, scale_BC, shift_BC))
+    _C.cpu_residual_adaln_modulate(
+        pointer(x_BLC),
+        pointer(branch_BLC),
+        0 if branch_BLC is None else TYPES[branch_BLC.dtype],
+        pointer(gate_BC),
+        pointer(scale_BC),
+        pointer(shift_BC),
+        C,  # stride
+        B,  # rows of gate, scale and shift
+        B,
+        L,
+        C,
+        eps,
+        pointer(y_BLC),
+        TYPES[dtype],
+        torch.get_num_threads(),
+    )
+    return y_BLC
+
+
+_native = register(
+    "adaln_modulate_native",
+    "(Tensor x_BLC, Tensor scale_BC, Tensor shift_BC, float eps) -> Tensor",
+    _run_native,
+    lambda x_BLC, scale_BC, shift_BC, eps: _like(x_BLC),
+)
+_residual_native = register(
+    "residual_adaln_modulate_native",
+    "(Tensor x_BLC, Tensor branch_BLC, Tensor gate_BC, Tensor scale_BC, Tensor shift_BC, float eps)"
+    " -> (Tensor, Tensor)",
+    _residual_run_native,
+    lambda x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps: (_like(x_BLC), _like(x_BLC)),
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from var_fast.ops.backend import choose_backend
+from var_fast.ops.backend import choose_backend, named_backend
 from var_fast.ops.library import register
+from var_fast.ops.native import TYPES, as_float32, misfit, pointer
 
 
 def group_norm_silu_reference(x_BChw, weight_C, bias_C, groups=32, eps=1e-6):
@@ -25,13 +26,20 @@ def group_norm_silu(
     """SiLU(GroupNorm(x) weight + bias).
 
     Shapes: x (B, C, h, w), weight and bias (C,), result (B, C, h, w) in x's memory format; C a multiple of `groups`.
-    Under autocast the reference's result is float32; Triton computes in float32 and gives x's type.
-    Raises ValueError where they do not fit, BackendUnavailable where a named backend cannot run.
+    Under autocast the reference's result is float32 on CUDA; Triton and native compute in float32 and give x's type.
+    Raises ValueError where they do not fit, BackendUnavailable where a named backend cannot run: native has no
+    gradient, takes float32 and bfloat16, and is chosen where x is channels last.
     """
     if x_BChw.shape[1] % groups:
         raise ValueError(f"x_BChw has {x_BChw.shape[1]} channels, expected a multiple of groups = {groups}")
-    if choose_backend("group_norm_silu", x_BChw.device, backend) == "triton":
-        return _triton(x_BChw, weight_C, bias_C, groups, float(eps))[0]
+    tensors = x_BChw, weight_C, bias_C
+    chosen = choose_backend(
+        "group_norm_silu", x_BChw.device, backend, lambda: _native_misfit(*tensors, groups, backend)
+    )
+    if chosen == "triton":
+        return _triton(*tensors, groups, float(eps))[0]
+    if chosen == "native":
+        return _native(*tensors, groups, float(eps))
     return group_norm_silu_reference(x_BChw, weight_C, bias_C, groups, eps)
 
 
@@ -91,4 +99,57 @@ _backward_triton = register(
     " -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
+)
+
+
+# -------------------------------------------------------------------------------------------------- native, no gradient
+def _native_misfit(x_BChw, weight_C, bias_C, groups, backend) -> str | None:
+    if x_BChw.dim() != 4 or weight_C.shape != x_BChw.shape[1:2] or bias_C.shape != weight_C.shape:
+        return "it takes x (B, C, h, w), weight (C,) and bias (C,)"
+    if x_BChw.numel() <= groups:
+        return "it takes more than one value per group"
+    if named_backend(backend) != "native" and not x_BChw.is_contiguous(memory_format=torch.channels_last):
+        return "it works channels last, and the two copies of another format would cost more than it gains"
+    # float32 layers beside bfloat16 maps are common, and the reference takes them too
+    parameters = (
+        () if x_BChw.dtype == torch.bfloat16 and weight_C.dtype == bias_C.dtype == torch.float32 else (weight_C, bias_C)
+    )
+    return misfit(x_BChw, *parameters)
+
+
+def _run_native(x_BChw, weight_C, bias_C, groups, eps):
+    from var_fast import _C
+
+    B, C, h, w = x_BChw.shape
+    x_last_BChw = x_BChw.contiguous(memory_format=torch.channels_last)
+    y_BChw = torch.empty_like(x_last_BChw)
+    weight_C, bias_C = as_float32(weight_C), as_float32(bias_C)
+    _C.cpu_group_norm_silu(
+        pointer(x_last_BChw),
+        TYPES[x_BChw.dtype],
+        pointer(weight_C),
+        pointer(bias_C),
+        B,
+        h * w,
+        C,
+        groups,
+        eps,
+        True,  # SiLU
+        pointer(y_BChw),
+        TYPES[x_BChw.dtype],
+        torch.get_num_threads(),
+    )
+    return y_BChw.contiguous(memory_format=_native_format(x_BChw))
+
+
+def _native_format(x_BChw):
+    last = x_BChw.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+_native = register(
+    "group_norm_silu_native",
+    "(Tensor x_BChw, Tensor weight_C, Tensor bias_C, int groups, float eps) -> Tensor",
+    _run_native,
+    lambda x_BChw, weight_C, bias_C, groups, eps: torch.empty_like(x_BChw, memory_format=_native_format(x_BChw)),
 )
