@@ -123,6 +123,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
           py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
           py::arg("threads"));
+#ifdef VAR_FAST_WITH_CUDA
+    m.def("has_cuda", [] { return true; });
+#else
+    m.def("has_cuda", [] { return false; });
+#endif
     var_fast::bind_engine(m);
     m.def("cpu_qk_norm", &cpu_qk_norm, py::arg("qkv"), py::arg("type"), py::arg("scale_H"), py::arg("softmax_scale"),
           py::arg("S"), py::arg("R"), py::arg("l"), py::arg("H"), py::arg("D"), py::arg("q"), py::arg("k_cache"),

@@ -50,6 +50,15 @@ void convolve_and_add(const at::Tensor& sum_BChw, const at::Tensor& x_BChw, cons
     op.callBoxed(stack);
 }
 
+// Winograd's weights are four times as many, and made anew for every call rather than kept: that pays where there are
+// many pixels for each.
+constexpr int64_t WINOGRAD_PIXELS = 64 * 64;
+
+bool suits_winograd(const at::Tensor& x_BChw, const Conv& layer) {
+    return x_BChw.is_cpu() && x_BChw.scalar_type() == at::kFloat && layer.padding == 1 && layer.weight.size(2) == 3 &&
+           layer.weight.size(0) >= 32 && layer.weight.size(1) >= 32 && x_BChw.size(2) * x_BChw.size(3) >= WINOGRAD_PIXELS;
+}
+
 class Decoding {
 public:
     Decoding(const Decoder& decoder, const Place& place) : decoder_(decoder), place_(place) {}
@@ -58,7 +67,7 @@ public:
         at::Tensor x = f_hat_BChw.to(scalar_type(decoder_.type)).contiguous(CHANNELS_LAST);
         for (const DecoderStep& step : decoder_.steps) {
             switch (step.kind) {
-                case DecoderStep::Kind::conv: x = convolve(x, step.convs[0]); break;
+                case DecoderStep::Kind::conv: x = conv(x, step.convs[0]); break;
                 case DecoderStep::Kind::residual: x = residual(std::move(x), step); break;
                 case DecoderStep::Kind::attention: attend(x, step); break;
                 case DecoderStep::Kind::upsample: x = upsample(x, step.convs[0]); break;
@@ -89,11 +98,35 @@ private:
         return y;
     }
 
+    at::Tensor conv(const at::Tensor& x_BChw, const Conv& layer) {
+        if (!suits_winograd(x_BChw, layer)) return convolve(x_BChw, layer);
+        const at::Tensor y = at::empty({x_BChw.size(0), layer.weight.size(0), x_BChw.size(2), x_BChw.size(3)},
+                                       x_BChw.options().memory_format(CHANNELS_LAST));
+        winograd(x_BChw, layer, nullptr, y);
+        return y;
+    }
+
+    void conv_and_add(const at::Tensor& sum_BChw, const at::Tensor& x_BChw, const Conv& layer) {
+        if (!suits_winograd(x_BChw, layer)) return convolve_and_add(sum_BChw, x_BChw, layer);
+        winograd(x_BChw, layer, sum_BChw.const_data_ptr<float>(), sum_BChw);
+    }
+
+    void winograd(const at::Tensor& x_BChw, const Conv& layer, const float* residual, const at::Tensor& y_BChw) {
+        RECORD_USER_SCOPE("op:convolution");  // see leaf.h
+        const int64_t in = x_BChw.size(1), out = layer.weight.size(0);
+        const int64_t floats = cpu::conv3x3_packed_bytes(in, out) / static_cast<int64_t>(sizeof(float));
+        if (!packed_.defined() || packed_.numel() < floats) packed_ = at::empty({floats}, x_BChw.options());
+        cpu::conv3x3_pack(layer.weight.const_data_ptr<float>(), in, out, packed_.mutable_data_ptr<float>());
+        cpu::conv3x3(x_BChw.const_data_ptr<float>(), packed_.const_data_ptr<float>(), layer.bias.const_data_ptr<float>(),
+                     residual, x_BChw.size(0), x_BChw.size(2), x_BChw.size(3), in, out, y_BChw.mutable_data_ptr<float>(),
+                     place_.threads);
+    }
+
     // Overwrites x: nothing else needs it.
     at::Tensor residual(at::Tensor x, const DecoderStep& step) {
-        const at::Tensor h = convolve(norm(x, step.norms[0], true), step.convs[0]);
+        const at::Tensor h = conv(norm(x, step.norms[0], true), step.convs[0]);
         if (step.convs.size() > 2) x = convolve(x, step.convs[2]);
-        convolve_and_add(x, norm(h, step.norms[1], true), step.convs[1]);
+        conv_and_add(x, norm(h, step.norms[1], true), step.convs[1]);
         return x;
     }
 
@@ -125,7 +158,7 @@ private:
 
     const Decoder& decoder_;
     const Place& place_;
-    at::Tensor buffer_;
+    at::Tensor buffer_, packed_;
 };
 
 }  // namespace

@@ -29,7 +29,9 @@ def report() -> dict:
         "cpu": _cpu(),
         "cuda": _cuda(),
         "extension": _extension(),
-        "operators": {op: {device: _backend(op, device) for device in ("cpu", "cuda")} for op in (*LOOPS, *FAST_BACKENDS)},
+        "operators": {
+            op: {device: _backend(op, device) for device in ("cpu", "cuda")} for op in (*LOOPS, *FAST_BACKENDS)
+        },
         "demo": _demo(Path(var_fast.__file__).parent / "demo"),
     }
 

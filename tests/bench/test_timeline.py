@@ -258,7 +258,14 @@ def test_one_image_of_the_demo_model(var, capfd):
 
     assert list(found) == ["title", "total_s", "spans", "totals_s", "scales", "decoder"]
     assert found["title"] == "one image"
-    ran = {"residual_adaln_modulate", "qk_norm", "scale_attention", "sample_tokens", "pyramid_update", "group_norm_silu"}
+    ran = {
+        "residual_adaln_modulate",
+        "qk_norm",
+        "scale_attention",
+        "sample_tokens",
+        "pyramid_update",
+        "group_norm_silu",
+    }
     classes = {"matrix products", "convolution", "attention", "other", IDLE}
     assert set(found["totals_s"]) == ran | classes
     assert all(seconds > 0 for seconds in found["totals_s"].values())

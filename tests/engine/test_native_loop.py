@@ -243,3 +243,15 @@ def test_subpixel_weights_equal_doubling_and_convolution(h, w):
 @pytest.mark.parametrize("batch,largest,size", [(1, 64, 1), (3, 64, 4), (4, 64, 4), (33, 64, 64), (5, 6, 6), (9, 6, 6)])
 def test_batches_are_captured_in_powers_of_two(batch, largest, size):
     assert bucket(batch, largest) == size
+
+
+def test_float32_decoder_of_many_pixels():
+    """From 64 x 64 pixels on, its convolutions are Winograd's."""
+    torch.manual_seed(0)
+    vae = VQVAE(vocab_size=16, z_channels=8, ch=32, v_patch_nums=(1, 17), ch_mult=(1, 2, 2))
+    var = VAR(vae, num_classes=7, depth=1, embed_dim=32, num_heads=1, patch_nums=(1, 17)).eval()
+    tokens = some_tokens(var)
+    _, image_B3HW = follow(NativeLoop(var, torch.float32), tokens)
+    _, expected_B3HW = reference(var, tokens)
+    assert image_B3HW.shape == (3, 3, 68, 68)
+    assert relative(image_B3HW, expected_B3HW) < 1e-5

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from var_fast.engine.native_loop import NativeLoop, why_not_native
 from var_fast.engine.python_loop import PythonLoop
 from var_fast.models import VAR
-from var_fast.ops.backend import BackendUnavailable, choose_backend
+from var_fast.ops.backend import BackendUnavailable, choose_backend, named_backend
 
 
 def native_can(var: VAR, dtype: torch.dtype) -> bool:
@@ -21,7 +19,7 @@ def native_can(var: VAR, dtype: torch.dtype) -> bool:
     if choose_backend("sampling_loop", var.lvl_1L.device) != "native":
         return False
     problem = why_not_native(var, dtype)
-    if problem and os.environ.get("VAR_FAST_BACKEND") == "native":
+    if problem and named_backend("auto") == "native":
         raise BackendUnavailable(f"sampling_loop: 'native' (asked for by VAR_FAST_BACKEND) cannot run: {problem}")
     return problem is None
 

@@ -111,8 +111,9 @@ class _Packer:
         return self._linear(weight_NK, bias_N, packed=False)
 
     def conv(self, weight: torch.Tensor, bias: torch.Tensor, padding: int):
-        weight = self._cast(weight).contiguous(memory_format=torch.channels_last)
-        bias = self._cast(bias)
+        weight, bias = self._cast(weight), self._cast(bias)
+        if self.dtype != torch.float32:  # a copy anyway, so one in the layout of the maps
+            weight = weight.contiguous(memory_format=torch.channels_last)
         if self.packs:
             weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [padding] * 2, [1, 1], [1, 1], 1)
         return self._C.Conv(weight, bias, padding, self.packs)
