@@ -61,7 +61,7 @@ struct Apply {
 };
 
 #ifdef VAR_FAST_X86
-template <class X, class Y, bool SILU>
+template <class X, class Y, bool SILU, bool CONVERTS>
 VAR_FAST_AVX512 void apply_avx512(const X* x, Coefficients of, int64_t n, int64_t C, Y* y) {
     constexpr bool HALF = std::is_same_v<Y, bf16>;
     constexpr int64_t PIXELS = 8;  // for which a vector of coefficients stays in registers
@@ -74,7 +74,7 @@ VAR_FAST_AVX512 void apply_avx512(const X* x, Coefficients of, int64_t n, int64_
             for (int64_t p = pixel; p < end; ++p) {
                 const __m512 d = _mm512_sub_ps(load_avx512(x + p * C + c, mask), near);
                 const __m512 normed = _mm512_fmadd_ps(d, a, b);
-                store_avx512(y + p * C + c, mask, SILU ? silu_of<HALF>(normed) : normed);
+                store_avx512<CONVERTS>(y + p * C + c, mask, SILU ? silu_of<HALF>(normed) : normed);
             }
         }
     }
@@ -84,7 +84,8 @@ VAR_FAST_AVX512 void apply_avx512(const X* x, Coefficients of, int64_t n, int64_
 template <class X, class Y, bool SILU>
 void apply(const X* x, Coefficients of, int64_t n, int64_t C, Y* y) {
 #ifdef VAR_FAST_X86
-    if (isa() >= Isa::avx512) return apply_avx512<X, Y, SILU>(x, of, n, C, y);
+    if (isa() >= Isa::avx512_bf16) return apply_avx512<X, Y, SILU, true>(x, of, n, C, y);
+    if (isa() >= Isa::avx512) return apply_avx512<X, Y, SILU, false>(x, of, n, C, y);
 #endif
     dispatch<Apply<X, Y, SILU>>(x, of, n, C, y);
 }

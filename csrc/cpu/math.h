@@ -55,9 +55,19 @@ VAR_FAST_INLINE_AVX512 __m512 load_avx512(const bf16* from, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
-VAR_FAST_INLINE_AVX512 void store_avx512(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
+// CONVERTS: on a machine with AVX512-BF16, whose instruction rounds sixteen at once (what is denormal becomes 0).
+template <bool CONVERTS>
+VAR_FAST_INLINE_AVX512 void store_avx512(float* to, __mmask16 mask, __m512 x) {
+    _mm512_mask_storeu_ps(to, mask, x);
+}
 
+template <bool CONVERTS>
 VAR_FAST_INLINE_AVX512 void store_avx512(bf16* to, __mmask16 mask, __m512 x) {
+    if (CONVERTS) {
+        __m256i halves;  // by its name: as an intrinsic it would need a second version of every function around it
+        __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+        return _mm256_mask_storeu_epi16(to, mask, halves);
+    }
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
