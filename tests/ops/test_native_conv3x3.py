@@ -70,7 +70,7 @@ def relative_error(out, expected):
     return ((out.double() - expected).norm() / expected.norm()).item()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 3),
@@ -89,7 +89,9 @@ def test_matches_float64(seed, B, h, w, Cin, Cout, with_bias, with_residual, thr
     x, weight, bias, residual = random_case(seed, B, h, w, Cin, Cout)
     bias, residual = bias if with_bias else None, residual if with_residual else None
     out = native(x, pack(weight), bias, residual, Cout, threads)
-    assert relative_error(out, reference(x, weight, bias, residual)) < 5e-6
+    # a few elements may all be near zero by chance: then the size that they have on average is what counts
+    expected = reference(x, weight, bias, residual)
+    assert (out - expected).norm() < 5e-6 * max(expected.norm(), (9 * Cin * out.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("C, side", [(160, 32), (320, 16), (640, 16)])

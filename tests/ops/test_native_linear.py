@@ -69,8 +69,14 @@ def test_linear_matches_float64(seed, M, N, K, bias, gelu, threads):
     if gelu:
         reference = F.gelu(reference, approximate="tanh")
     out = native(x, weight, b, gelu, threads)
-    # GELU is all but zero far left: errors there are relative to the values around
-    assert (out - reference).norm() <= 1e-5 * max(reference.norm(), 1e-2)
+    # a few elements may all be near zero by chance: then the size that they have on average is what counts
+    assert (out - reference).norm() <= 2e-6 * max(reference.norm(), (M * N * K) ** 0.5)
+
+
+@pytest.mark.parametrize("N, K", [(4096, 1024), (1024, 4096)])
+def test_the_transformers_layers_lose_little(N, K):
+    x, weight, b = random_case(5, 20, N, K)
+    assert relative_error(native(x, weight, b, threads=2), F.linear(x.double(), weight.double(), b.double())) < 1e-6
 
 
 def test_gelu_over_the_whole_range():
