@@ -6,6 +6,10 @@
 #include "cpu/isa.h"
 #include "ops.h"
 
+#ifdef VAR_FAST_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -112,4 +116,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
     m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
           py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
+#ifdef VAR_FAST_WITH_CUDA
+    var_fast::bind_cuda(m);
+    m.def("has_cuda", [] { return true; }, "Whether this build holds the CUDA operators (not: whether there is a GPU).");
+#else
+    m.def("has_cuda", [] { return false; }, "Whether this build holds the CUDA operators (not: whether there is a GPU).");
+#endif
 }
