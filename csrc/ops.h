@@ -38,3 +38,7 @@ void gelu(void* x, Type type, int64_t n, int threads);
 }  // namespace cpu
 
 }  // namespace var_fast
+
+#ifdef VAR_FAST_WITH_CUDA
+#include "cuda/ops_cuda.h"
+#endif
