@@ -10,6 +10,10 @@
 #include "ops.h"
 #include "philox.h"
 
+#ifdef VAR_FAST_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -123,11 +127,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
           py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
           py::arg("threads"));
-#ifdef VAR_FAST_WITH_CUDA
-    m.def("has_cuda", [] { return true; });
-#else
-    m.def("has_cuda", [] { return false; });
-#endif
     var_fast::bind_engine(m);
     m.def("cpu_qk_norm", &cpu_qk_norm, py::arg("qkv"), py::arg("type"), py::arg("scale_H"), py::arg("softmax_scale"),
           py::arg("S"), py::arg("R"), py::arg("l"), py::arg("H"), py::arg("D"), py::arg("q"), py::arg("k_cache"),
@@ -167,4 +166,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
     m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
           py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
+#ifdef VAR_FAST_WITH_CUDA
+    var_fast::bind_cuda(m);
+    m.def("has_cuda", [] { return true; }, "Whether this build holds the CUDA operators (not: whether there is a GPU).");
+#else
+    m.def("has_cuda", [] { return false; }, "Whether this build holds the CUDA operators (not: whether there is a GPU).");
+#endif
 }

@@ -13,7 +13,7 @@ import torch
 
 import var_fast
 from var_fast.errors import UserError
-from var_fast.ops.backend import FAST_BACKENDS, LOOPS, explain, native_problem
+from var_fast.ops.backend import FAST_BACKENDS, LOOPS, cuda_problem, explain, native_problem
 
 if TYPE_CHECKING:  # `report` must run on a machine that has no rich
     from rich.console import Console
@@ -53,7 +53,7 @@ def print_report(console: Console) -> None:
     machine.add_row("CUDA devices", ", ".join(cuda["devices"]) or "none")
     machine.add_row("nvcc", f"{cuda['nvcc'] or 'not found'}: {cuda['builds']}")
     extension = found["extension"]
-    machine.add_row("var_fast._C", escape(extension["problem"] or f"built: {extension['file']}"))
+    machine.add_row("var_fast._C", escape(extension["problem"] or f"built: {extension['file']}, {extension['instructions']} instructions"))
     demo = found["demo"]
     machine.add_row(
         "demo model", "\n".join([demo["directory"], *(f"  {f}: {escape(s)}" for f, s in demo["files"].items())])
@@ -100,17 +100,25 @@ def _cuda() -> dict:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "torch_cuda": torch.version.cuda,
         "nvcc": nvcc,
-        "builds": "no CUDA kernels in this version yet" if nvcc else "var_fast builds for the CPU only",
+        "builds": _cuda_builds(nvcc),
     }
+
+
+def _cuda_builds(nvcc: str | None) -> str:
+    if native_problem() is None and cuda_problem() is None:
+        return "the extension holds the CUDA operators"
+    if nvcc is None:
+        return "var_fast builds for the CPU only"
+    return "built for the CPU only, as torch is; VAR_FAST_CUDA=1 pip install -e . builds the CUDA operators too"
 
 
 def _extension() -> dict:
     problem = native_problem()
     if problem:
-        return {"built": False, "file": None, "problem": problem}
+        return {"built": False, "file": None, "problem": problem, "instructions": None}
     from var_fast import _C
 
-    return {"built": True, "file": _C.__file__, "problem": None}
+    return {"built": True, "file": _C.__file__, "problem": None, "instructions": _C.cpu_isa()}
 
 
 def _backend(op: str, device: str) -> dict[str, str]:
