@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from glob import glob
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -44,8 +45,25 @@ def check_torch():
         )
 
 
+def torch_folder():
+    """Where torch's headers and libraries are, or None. Not imported: that takes seconds and needs numpy."""
+    spec = PathFinder.find_spec("torch", environment_paths() + inherited_paths())
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
 class BuildExtension(build_ext):
     def build_extensions(self):
+        folder = torch_folder()
+        if folder is None or not (folder / "include" / "ATen").is_dir():
+            sys.exit(
+                "var_fast: the build needs torch's headers and finds no torch; "
+                "run: pip install --no-build-isolation -e . in an environment that has torch"
+            )
+        for extension in self.extensions:
+            # torch brings pybind11's headers too: all files have to see the same ones, so its own come first
+            extension.include_dirs[:0] = [str(folder / "include"), str(folder / "include/torch/csrc/api/include")]
+            extension.library_dirs.append(str(folder / "lib"))
+            extension.libraries += ["c10", "torch_cpu", "torch_python"]
         compile_command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
         for program in (compile_command[0], self.compiler.compiler_cxx[0]):
             if shutil.which(program) is None:
@@ -62,11 +80,12 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "var_fast._C",
-            sources=["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            sources=[*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))],
             depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
             cxx_std=17,
+            # no note on passing wide vectors between functions (they are inlined);
             # no contraction to fused multiply-add: products round as they do in the PyTorch references
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread", "-fopenmp"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", "-fopenmp"],
             extra_link_args=["-pthread", "-fopenmp"],
         )
     ],

@@ -11,12 +11,9 @@ import torch
 
 from bench.backends import use_backend
 from var_fast import Sampler, load_checkpoint
-from var_fast.engine.philox import uniforms
-from var_fast.engine.sampler import TOKEN_STREAM
+from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.models import VAR
-from var_fast.ops import sample_tokens
 
-CFG, TOP_K, TOP_P = 1.5, 900, 0.96  # the Sampler's own
 ONE_STEP = 1 / 255  # images that differ by less everywhere are the same picture in 8 bits, give or take the rounding
 
 
@@ -41,8 +38,7 @@ class Mode(NamedTuple):
 
 class Run(NamedTuple):
     tokens: list[torch.Tensor]  # of every scale, (B, l)
-    f_hat_BChw: torch.Tensor
-    img_B3HW: torch.Tensor  # of f_hat, in [0, 1]
+    img_B3HW: torch.Tensor  # in [0, 1]; of the tokens that were followed
 
 
 def quality_rows(
@@ -80,27 +76,17 @@ def quality_rows(
 def follow(
     sampler: Sampler, labels: Sequence[int], seeds: Sequence[int], lead: Sequence[torch.Tensor] | None = None
 ) -> Run:
-    """The tokens that the sampler's model draws with the Sampler's random numbers and defaults. `lead`: tokens of every
+    """The tokens that the sampler draws with its own options. `lead`: tokens of every
     scale that are followed instead of those drawn, so that a difference does not grow from scale to scale."""
-    var, device = sampler.var, sampler.device
-    label_B, seed_B = (torch.tensor(list(values), device=device) for values in (labels, seeds))
+    label_B, seed_B = (torch.tensor(list(values), device=sampler.device) for values in (labels, seeds))
     drawn: list[torch.Tensor] = []
 
-    def draw(si, cond_BlV, uncond_BlV, t):
-        u_Bl = uniforms(seed_B, TOKEN_STREAM, si, cond_BlV.shape[1]).squeeze(-1)
-        drawn.append(sample_tokens(cond_BlV, uncond_BlV, t, TOP_K, TOP_P, u_Bl))
-        return (drawn[-1] if lead is None else lead[si]), None
+    def keep(si, idx_Bl, codes_BlC):
+        drawn.append(idx_Bl.clone())
+        return (idx_Bl if lead is None else lead[si]), None
 
-    with _autocast(sampler):
-        *_, f_hat_BChw = var.sample_scales(label_B, CFG, draw)
-    return Run(drawn, f_hat_BChw, decode(sampler, f_hat_BChw))
-
-
-@torch.no_grad()
-def decode(sampler: Sampler, f_hat_BChw: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) float32 in [0, 1], in the sampler's dtype."""
-    with _autocast(sampler):
-        return sampler.vae.fhat_to_img(f_hat_BChw).float().add(1).mul(0.5)
+    steps = sampler.loop.steps(label_B, seed_B, SamplingOptions(), keep)
+    return Run(drawn, final_image(steps, len(sampler.var.patch_nums)))
 
 
 def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float | None:
@@ -115,7 +101,7 @@ def _compare(var: VAR, mode: Mode, labels, seeds, reference: Run) -> dict[str, A
     sampler = Sampler(var, dtype=mode.dtype)
     run = follow(sampler, labels, seeds, lead=reference.tokens)
     same_per_scale = [(own == other).float() for own, other in zip(run.tokens, reference.tokens, strict=True)]
-    free = sampler.sample(labels, seeds, CFG, TOP_K, TOP_P)
+    free = sampler.sample(labels, seeds)
     furthest_B = (free - reference.img_B3HW).abs().flatten(1).amax(1)
     return {
         "dtype": str(sampler.dtype).removeprefix("torch."),  # of "auto", what it came to
@@ -123,13 +109,9 @@ def _compare(var: VAR, mode: Mode, labels, seeds, reference: Run) -> dict[str, A
         "agreement_per_scale": [same_Bl.mean().item() for same_Bl in same_per_scale],
         "images": len(labels),
         "images_identical": int((furthest_B < ONE_STEP).sum()),
-        "psnr_same_tokens_db": psnr_db(decode(sampler, reference.f_hat_BChw), reference.img_B3HW),
+        "psnr_same_tokens_db": psnr_db(run.img_B3HW, reference.img_B3HW),
         "psnr_free_db": psnr_db(free, reference.img_B3HW),
     }
-
-
-def _autocast(sampler: Sampler):
-    return torch.autocast(sampler.device.type, dtype=sampler.dtype, enabled=sampler.dtype != torch.float32)
 
 
 @contextmanager

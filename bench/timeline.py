@@ -37,7 +37,17 @@ IDLE, OTHER, PRODUCTS = "idle/python", "other", "matrix products"
 WHOLE, OPERATOR, SCALE, DECODER = "whole", "op:", "scale:", "part:decoder"
 """Names of the ranges that are put around the call, its operators, its scales and its decoder."""
 
-PRODUCT_CALLS = ("linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "addbmm", "_addmm_activation")
+PRODUCT_CALLS = (
+    "linear",
+    "_linear_pointwise",
+    "addmm",
+    "mm",
+    "bmm",
+    "matmul",
+    "baddbmm",
+    "addbmm",
+    "_addmm_activation",
+)
 CALLS = (  # parts of the names of aten's operators
     ("attention", "attention"),
     ("convolution", "convolution"),

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "engine_bindings.h"
 #include "cpu/isa.h"
 #include "ops.h"
 #include "philox.h"
@@ -27,6 +28,23 @@ int64_t sample_tokens(uintptr_t cond, uintptr_t uncond, bool is_double, int64_t 
                                           pointer<double>(u), reinterpret_cast<int64_t*>(index), threads);
     };
     return is_double ? run(double{}) : run(float{});
+}
+
+void cpu_qk_norm(uintptr_t qkv, int type, uintptr_t scale_H, float softmax_scale, int64_t S, int64_t R, int64_t l,
+                 int64_t H, int64_t D, uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int64_t begin,
+                 int64_t capacity, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::qk_norm(pointer<void>(qkv), var_fast::Type(type), pointer<float>(scale_H), softmax_scale, S, R, l, H,
+                           D, reinterpret_cast<void*>(q), reinterpret_cast<void*>(k_cache),
+                           reinterpret_cast<void*>(v_cache), begin, capacity, threads);
+}
+
+void cpu_scale_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int type, int64_t R, int64_t l, int64_t H,
+                         int64_t D, int64_t length, int64_t capacity, uintptr_t out, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::scale_attention(pointer<void>(q), pointer<void>(k_cache), pointer<void>(v_cache),
+                                   var_fast::Type(type), R, l, H, D, length, capacity, reinterpret_cast<void*>(out),
+                                   threads);
 }
 
 template <typename T>
@@ -57,6 +75,13 @@ void cpu_group_norm_silu(uintptr_t x, int x_type, uintptr_t weight, uintptr_t bi
                                    hw, C, groups, eps, silu, writable<void>(y), type_of(y_type), threads);
 }
 
+void cpu_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t M, int64_t N, int64_t K, bool gelu, uintptr_t y,
+                int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::linear(pointer<float>(x), pointer<float>(weight), pointer<float>(bias), M, N, K, gelu,
+                          reinterpret_cast<float*>(y), threads);
+}
+
 int64_t cpu_draw_tokens(uintptr_t logits, uintptr_t seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
                         int64_t top_k, double top_p, uintptr_t idx, int threads) {
     py::gil_scoped_release without_gil;
@@ -79,6 +104,18 @@ py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<ui
     return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
 }
 
+void cpu_conv3x3_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::conv3x3_pack(pointer<float>(weight), Cin, Cout, reinterpret_cast<float*>(packed));
+}
+
+void cpu_conv3x3(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, int64_t B, int64_t h, int64_t w,
+                 int64_t Cin, int64_t Cout, uintptr_t y, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::conv3x3(pointer<float>(x), pointer<float>(packed), pointer<float>(bias), pointer<float>(residual), B,
+                           h, w, Cin, Cout, reinterpret_cast<float*>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -86,6 +123,27 @@ PYBIND11_MODULE(_C, m) {
     m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
           py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
           py::arg("threads"));
+#ifdef VAR_FAST_WITH_CUDA
+    m.def("has_cuda", [] { return true; });
+#else
+    m.def("has_cuda", [] { return false; });
+#endif
+    var_fast::bind_engine(m);
+    m.def("cpu_qk_norm", &cpu_qk_norm, py::arg("qkv"), py::arg("type"), py::arg("scale_H"), py::arg("softmax_scale"),
+          py::arg("S"), py::arg("R"), py::arg("l"), py::arg("H"), py::arg("D"), py::arg("q"), py::arg("k_cache"),
+          py::arg("v_cache"), py::arg("begin"), py::arg("capacity"), py::arg("threads"));
+    m.def("cpu_scale_attention", &cpu_scale_attention, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+          py::arg("type"), py::arg("R"), py::arg("l"), py::arg("H"), py::arg("D"), py::arg("length"),
+          py::arg("capacity"), py::arg("out"), py::arg("threads"));
+    m.def("cpu_q_bytes", [](int type, int64_t R, int64_t l, int64_t H, int64_t D) {
+        return var_fast::cpu::q_bytes(var_fast::Type(type), R, l, H, D);
+    });
+    m.def("cpu_k_cache_bytes", [](int type, int64_t R, int64_t H, int64_t D, int64_t capacity) {
+        return var_fast::cpu::k_cache_bytes(var_fast::Type(type), R, H, D, capacity);
+    });
+    m.def("cpu_v_cache_bytes", [](int type, int64_t R, int64_t H, int64_t D, int64_t capacity) {
+        return var_fast::cpu::v_cache_bytes(var_fast::Type(type), R, H, D, capacity);
+    });
     m.def("cpu_residual_adaln_modulate", &cpu_residual_adaln_modulate, py::arg("x"), py::arg("branch"),
           py::arg("branch_type"), py::arg("gate"), py::arg("scale"), py::arg("shift"), py::arg("stride"), py::arg("M"),
           py::arg("R"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("y"), py::arg("y_type"),
@@ -103,4 +161,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
     m.def("token_uniform", &var_fast::token_uniform, py::arg("seed"), py::arg("scale"), py::arg("token"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
+    m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
+          py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_conv3x3_packed_bytes", &var_fast::cpu::conv3x3_packed_bytes, py::arg("Cin"), py::arg("Cout"));
+    m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
+    m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
+          py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
 }

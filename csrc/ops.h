@@ -14,6 +14,8 @@ template <typename T>
 int64_t sample_tokens(const T* cond, const T* uncond, int64_t rows, int64_t V, double guidance, int64_t top_k,
                       double top_p, const double* u, int64_t* index, int threads);
 
+// The leaf operators of the sampling loop. All arrays are contiguous, of float32 where they have no `type` of their own,
+// which is float32 or bfloat16 here, and on CUDA (cuda/ops_cuda.h) float16 too.
 namespace cpu {
 
 // x (R, L, C) in place: x += gate * branch, (R, L, C) of branch_type (nullptr: x stays as it is); then
@@ -22,12 +24,37 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
                              const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
                              void* y, Type y_type, int threads);
 
+// Sampling's qk_norm: qkv (S, l, 3, H, D) -> q and, at tokens [begin, begin + l), one layer's caches of `capacity`
+// tokens; image r of R reads source min(r, S - 1). With scale_H (H): q and k at unit length, as F.normalize makes them,
+// and q times its head's scale; nullptr: split only. q is then multiplied by softmax_scale. Tokens are appended in order:
+// what the caches hold after begin + l is lost. The layouts are scale_attention's own; caches begin as zeros.
+void qk_norm(const void* qkv, Type type, const float* scale_H, float softmax_scale, int64_t S, int64_t R, int64_t l,
+             int64_t H, int64_t D, void* q, void* k_cache, void* v_cache, int64_t begin, int64_t capacity, int threads);
+int64_t q_bytes(Type type, int64_t R, int64_t l, int64_t H, int64_t D);
+int64_t k_cache_bytes(Type type, int64_t R, int64_t H, int64_t D, int64_t capacity);
+int64_t v_cache_bytes(Type type, int64_t R, int64_t H, int64_t D, int64_t capacity);
+
+// out (R, l, H, D) = softmax(q K^T) V over the first `length` tokens of the caches, all as qk_norm left them.
+// float32: an image's result depends neither on R nor on `threads`, to the last bit.
+void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l,
+                     int64_t H, int64_t D, int64_t length, int64_t capacity, void* out, int threads);
+
+// y (M, N) = x (M, K) W^T + bias (nullptr: none), W (N, K) row-major; gelu: tanh-GELU of that. The order of an element's
+// additions depends on K and the instruction set alone, so a row does not depend on the others.
+void linear(const float* x, const float* weight, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu,
+            float* y, int threads);
+
+// y (B, h, w, Cout) = 3x3 convolution (stride 1, zero padding 1) of x (B, h, w, Cin) + bias (nullptr: none) + residual
+// (the shape of y, may be y itself; nullptr: none), float32. conv3x3_pack makes `packed` (conv3x3_packed_bytes long,
+// aligned to 64 bytes) from weight (Cout, Cin, 3, 3); it holds for one process: its layout follows the instruction set.
+// An image's result does not depend on the others. Winograd F(4x4, 3x3): error about 2e-6 of the result.
+int64_t conv3x3_packed_bytes(int64_t Cin, int64_t Cout);
+void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed);
+void conv3x3(const float* x, const float* packed, const float* bias, const float* residual, int64_t B, int64_t h,
+             int64_t w, int64_t Cin, int64_t Cout, float* y, int threads);
+
 // GELU, tanh form, in place.
 void gelu(void* x, Type type, int64_t n, int threads);
-
-// Channels last: x (B, hw, C) -> y = SiLU(GroupNorm(x) weight + bias), or without SiLU. y may be x where the types are one.
-void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
-                     int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, int threads);
 
 // sample_tokens of guided logits (B, l, V) with the random numbers of philox.h for (seed of the image, scale, token);
 // idx (B, l). Returns -1, or the lowest image whose logits are not finite (its indices are then unspecified).
@@ -41,5 +68,13 @@ void pyramid_update(const int64_t* idx, const float* codes, const float* codeboo
                     const float* phi_bias, float phi_ratio, float* f_hat, int64_t B, int64_t C, int64_t h, int64_t w,
                     int64_t pn, int64_t pn_next, float* next_map, int threads);
 
+// Channels last: x (B, hw, C) -> y = SiLU(GroupNorm(x) weight + bias), or without SiLU. y may be x where the types are one.
+void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
+                     int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, int threads);
+
 }  // namespace cpu
 }  // namespace var_fast
+
+#ifdef VAR_FAST_WITH_CUDA
+#include "cuda/ops_cuda.h"
+#endif

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import var_fast.checkpoint
-from var_fast import VAR, VQVAE
+from var_fast import VAR, VQVAE, Sampler
 from var_fast.checkpoint import Checkpoint, CheckpointError, build_models, load_checkpoint, save_checkpoint
 from var_fast.checkpoint_files import check_config, read_contents
 from var_fast.errors import UserError
@@ -722,3 +722,30 @@ def test_what_cannot_be_saved(tmp_path, vae, var):
     with pytest.raises(UserError, match="dtype is torch.int8"):
         save_checkpoint(tmp_path / "model", vae, var, dtype=torch.int8)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_mapped_weights_stay_in_the_file_until_they_change(tmp_path, suffix):
+    var = VAR.from_pretrained("demo")
+    path = tmp_path / f"var{suffix}"
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in var.state_dict().items()
+    }
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    before = path.read_bytes()
+    mapped = load_checkpoint(path, vae=var.vae_proxy[0], mapped=True, patch_nums=var.patch_nums)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    for name, tensor in mapped.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert all(parameter.requires_grad for parameter in mapped.parameters())
+    expected = Sampler(var, dtype="bfloat16").sample([1], [0])
+    sampler = Sampler(mapped, dtype="bfloat16")  # packs the weights and lets their pages go
+    assert torch.equal(sampler.sample([1], [0]), expected)
+    for name, tensor in mapped.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    with torch.no_grad():
+        mapped.head.weight.mul_(2)
+    changed = sampler.sample([1], [0])
+    assert not torch.equal(changed, expected)
+    assert torch.equal(mapped.head.weight, 2 * state["head.weight"])  # what was changed is kept, in memory
+    assert path.read_bytes() == before

@@ -16,72 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import var_fast
+from tests.cli_util import CLASSES, SIZE, read, refused, run
 from var_fast import VAR, VQVAE, Sampler, cli_models
 from var_fast.checkpoint import save_checkpoint
-from var_fast.cli import main
 from var_fast.cli_arguments import image_name, parse_labels, parse_seeds, spread
 from var_fast.errors import UserError
-from var_fast.images import load_image, save_png
+from var_fast.images import save_png
 
-CLASSES = ["face-smiling", "Flags", "cat, tabby", "dog"]
-SIZE = 4  # pixels: the largest patch number, 2, times 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they bring to a model of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    vae = VQVAE(vocab_size=16, z_channels=4, ch=32, v_patch_nums=(1, 2), ch_mult=(1, 2))
-    # Random decoders give images near grey; spread them, so that images differ after rounding too.
-    vae.decoder.conv_out.weight.data.mul_(4)
-    var = VAR(vae, num_classes=4, depth=2, embed_dim=32, num_heads=2, patch_nums=(1, 2), attn_l2_norm=True)
-    var.init_weights(init_head=1.0)
-    directory = tmp_path_factory.mktemp("model") / "tiny"
-    save_checkpoint(directory, vae, var, classes=CLASSES)
-    return directory
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty current directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments) -> int:
-    return main([str(a) for a in arguments])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sample(model, *arguments) -> int:
     return run("sample", "--model", model, "--dtype", "float32", *arguments)
-
-
-def refused(capsys, folder, *arguments) -> str:
-    """Runs bad input; returns its one line. Fails if a file is made, or if it is not code 2 and one line on stderr."""
-    before = sorted(folder.rglob("*"))
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert "Traceback" not in err
-    assert sorted(folder.rglob("*")) == before
-    return err
-
-
-def read(path) -> tuple[torch.Tensor, dict[str, str]]:
-    """Picture (3, H, W) in [0, 1] and text chunks."""
-    with Image.open(path) as picture:
-        text = dict(picture.text)
-    return load_image(path).add(1).div(2), text
 
 
 # --- sampling
@@ -401,7 +347,14 @@ def test_doctor(capsys):
 def test_help_and_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out == f"var_fast {var_fast.__version__}\n"
-    for arguments in ([], ["--help"], ["sample", "--help"], ["train"], ["train", "tokenizer", "--help"]):
+    for arguments in (
+        [],
+        ["--help"],
+        ["sample", "--help"],
+        ["edit", "--help"],
+        ["train"],
+        ["train", "tokenizer", "--help"],
+    ):
         assert run(*arguments) == 0
         assert "Usage: var-fast" in capsys.readouterr().out
 
@@ -422,8 +375,10 @@ def test_module_is_the_command():
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
-def test_help_needs_no_torch():
-    done = python("-c", "import sys, var_fast.cli as c; c.main(['sample', '--help']); sys.exit('torch' in sys.modules)")
+@pytest.mark.parametrize("command", ["sample", "edit"])
+def test_help_needs_no_torch(command):
+    code = f"import sys, var_fast.cli as c; c.main(['{command}', '--help']); sys.exit('torch' in sys.modules)"
+    done = python("-c", code)
     assert done.returncode == 0, "importing torch would make help wait for seconds"
 
 
@@ -436,7 +391,7 @@ def test_parse_labels():
     assert parse_labels("1 - 3", 4, None) == [1, 2, 3]
     with pytest.raises(UserError, match="no class names"):
         parse_labels("dog", 4, None)
-    with pytest.raises(UserError, match="is no class of this model; \\(--list"):
+    with pytest.raises(UserError, match="is no class of this model; \\(var-fast sample --list"):
         parse_labels("xyzzy", 4, CLASSES)
 
 

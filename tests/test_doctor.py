@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import var_fast
 from var_fast import doctor
-from var_fast.ops.backend import FAST_BACKENDS
+from var_fast.ops.backend import FAST_BACKENDS, LOOPS
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def demo(tmp_path, monkeypatch):
 
 def test_report_is_plain_data_and_names_every_operator():
     found = json.loads(json.dumps(doctor.report()))
-    assert set(found["operators"]) == set(FAST_BACKENDS)
+    assert set(found["operators"]) == {*LOOPS, *FAST_BACKENDS}
     assert found["operators"]["sample_tokens"]["cpu"]["backend"] == "native"
     assert found["versions"]["torch"] == torch.__version__
     assert found["extension"]["built"] and found["extension"]["file"].endswith(".so")

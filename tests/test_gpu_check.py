@@ -74,3 +74,19 @@ def test_a_file_that_does_not_load_stops_no_other(tmp_path, monkeypatch, capsys,
     assert sorted(test["outcome"] for test in tests) == outcomes
     assert all(test["message"] for test in tests if test["outcome"] != "passed")
     assert f"{outcomes.count('passed')} of {len(outcomes)} gpu tests passed" in capsys.readouterr().out
+
+
+def test_figures_of_the_benchmark(tmp_path, monkeypatch, capsys):
+    row = dict(suite="sample", case="d16", dtype="bfloat16", batch=1, implementation="var_fast", skipped=None)
+    rows = [row | dict(median_s=0.004, floor_s=0.002), row | dict(median_s=None, floor_s=0.002, skipped="no memory")]
+    run = tmp_path / "bench" / "run.py"
+    run.parent.mkdir()
+    text = "import json, pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\nout.mkdir()\n"
+    run.write_text(text + f"(out / 'report.json').write_text(json.dumps(dict(rows={rows!r})))\nsys.exit(1)\n")
+    gpu_check.print_figures(gpu_check.short_benchmark(tmp_path, tmp_path / "out"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "sample  d16 bfloat16 batch 1 var_fast: 4.000 ms, 50% of floor"
+    assert printed[1].endswith("var_fast: no memory")
+    run.write_text("raise SystemExit('no device')")
+    gpu_check.print_figures(gpu_check.short_benchmark(tmp_path, tmp_path / "none"))
+    assert capsys.readouterr().out == "benchmark: not run: no device\n"

@@ -58,6 +58,15 @@ def test_temporary_build_environment_of_another_installer(setup_py, environment)
     setup_py["check_torch"]()
 
 
+def test_the_build_needs_headers_of_torch(setup_py, environment):
+    environment("setuptools", "pybind11", "torch")  # a torch without headers
+    build = setup_py["BuildExtension"](setuptools.dist.Distribution())
+    with pytest.raises(SystemExit) as stop:
+        build.build_extensions()
+    assert "\n" not in stop.value.code
+    assert "needs torch's headers" in stop.value.code and "pip install --no-build-isolation" in stop.value.code
+
+
 def test_build_environment_without_pip(tmp_path):
     """What uv and build make: a virtual environment with the build's needs only; its base interpreter may have pip."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True, timeout=60)

@@ -63,6 +63,7 @@ def load_checkpoint(
     model: VQVAE | VAR | None = None,
     *,
     vae: VQVAE | str | os.PathLike[str] | None = None,
+    mapped: bool = False,
     **keywords: Any,
 ) -> VQVAE | VAR | Checkpoint:
     """Read a checkpoint into new models on the CPU in evaluation mode, or into `model`. No code in a file is ever run.
@@ -79,6 +80,10 @@ def load_checkpoint(
     `using_znorm`, `norm_eps`, the drop rates. With `model`, its part of the checkpoint is copied into it, cast to its
     types, and it is returned. Buffers may be missing: they stay as constructed.
 
+    `mapped`: weights of new models that the file has in the model's type stay in the file and come into memory when
+    they are used, so the file must not be written over meanwhile (replacing it by a renamed one does no harm). Changes
+    made to such weights stay in memory.
+
     Raises CheckpointError that names the file and the first wrong entry, in the order of the model's state dict, before
     anything is copied; UserError for arguments that do not go together.
     """
@@ -87,7 +92,7 @@ def load_checkpoint(
         if vae is not None or keywords:
             raise UserError(f"{next(iter(keywords), 'vae')} is given beside model, expected one of the two")
         return _load_into(model, contents)
-    loaded = build_models(contents, vae=vae, keywords=keywords)
+    loaded = build_models(contents, vae=vae, keywords=keywords, mapped=mapped)
     if contents.config is not None or len(contents.parts) > 1:
         return loaded
     return loaded.vae if loaded.var is None else loaded.var
@@ -168,6 +173,7 @@ def build_models(
     *,
     vae: VQVAE | str | os.PathLike[str] | None = None,
     keywords: Mapping[str, Any],
+    mapped: bool = False,
     vae_class: type[VQVAE] = VQVAE,
     var_class: type[VAR] = VAR,
 ) -> Checkpoint:
@@ -188,7 +194,7 @@ def build_models(
         var_keywords = _transformer_keywords(parts["transformer"], given["transformer"], vae)
     if not isinstance(vae, VQVAE):
         vae_keywords = _tokenizer_keywords(parts["tokenizer"], given["tokenizer"], var_keywords.get("patch_nums"))
-        vae = _build(vae_class, (), vae_keywords, parts["tokenizer"])
+        vae = _build(vae_class, (), vae_keywords, parts["tokenizer"], mapped)
     config = contents.config or {}
     classes = config.get("classes")
     if "transformer" not in parts:
@@ -203,7 +209,7 @@ def build_models(
     if classes is not None and len(classes) != var_keywords["num_classes"]:
         where = contents.path / CONFIG_NAME
         raise CheckpointError(f"{where}: classes has {len(classes)} names, expected {var_keywords['num_classes']}")
-    var = _build(var_class, (vae,), var_keywords, parts["transformer"])
+    var = _build(var_class, (vae,), var_keywords, parts["transformer"], mapped)
     var.class_names = classes
     return Checkpoint(vae, var, classes, config)
 
@@ -261,7 +267,7 @@ def _levels(part: Part) -> torch.Tensor | None:
     return levels
 
 
-def _build(cls: type[nn.Module], args: tuple[Any, ...], keywords: dict[str, Any], part: Part) -> Any:
+def _build(cls: type[nn.Module], args: tuple[Any, ...], keywords: dict[str, Any], part: Part, mapped: bool) -> Any:
     room, elements = part.path.stat().st_size, 0
     for name, tensor in part.entries.items():
         room, elements = room - tensor.nbytes, elements + tensor.numel()
@@ -279,7 +285,7 @@ def _build(cls: type[nn.Module], args: tuple[Any, ...], keywords: dict[str, Any]
     except ValueError as error:
         raise CheckpointError(f"{part.path}: {first_line(error)}") from error
     _check_fit(model, part)
-    _copy(model, part)
+    (_assign if mapped else _copy)(model, part)
     return model.eval()
 
 
@@ -333,3 +339,15 @@ def _check_entry(name: str, expected: torch.Tensor, found: torch.Tensor, path: P
 def _copy(model: nn.Module, part: Part) -> None:
     own = model.state_dict()
     model.load_state_dict({name: part.entries.get(name, own[name]) for name in own})
+
+
+def _assign(model: nn.Module, part: Part) -> None:
+    """As `_copy`, but tensors that have the model's type become its own as they are."""
+    own = model.state_dict()
+
+    def fitting(name: str) -> torch.Tensor:
+        found = part.entries.get(name, own[name])
+        as_it_is = found.dtype == own[name].dtype and found.is_contiguous()
+        return found if as_it_is else own[name].copy_(found)
+
+    model.load_state_dict({name: fitting(name) for name in own}, assign=True)

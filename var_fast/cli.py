@@ -1,30 +1,28 @@
-"""The command line: var-fast sample | reconstruct | doctor | train.
+"""The command line: var-fast sample | edit | reconstruct | doctor | train.
 
 torch, and with it everything heavy, is imported inside the commands, so that help and slips of the pen answer at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from var_fast.cli_arguments import image_name, parse_labels, parse_seeds, spread
+from var_fast import cli_options as opt
+from var_fast import cli_work as work
+from var_fast.cli_arguments import parse_labels, parse_seeds, spread
+from var_fast.cli_edit import edit
 from var_fast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-    from var_fast.engine import Sampler
-
 
 app = typer.Typer(
     name="var-fast",
@@ -33,22 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Dtype(str, Enum):
-    """Names of number types; auto: bfloat16 where the device computes in it, else float32."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Upscaling(str, Enum):
-    """Ways to enlarge a picture."""
-
-    bicubic = "bicubic"
-    nearest = "nearest"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,78 +98,45 @@ def _no_command(
 
 
 # --------------------------------------------------------------------------------------------------------------- sample
-MODEL, IMAGES, OUTPUT, MACHINE = "Model", "Images", "Output", "Machine"
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="demo, a directory with config.json, or a published name (d16, d20, d24, d30, d36) with its files.",
-        rich_help_panel=MODEL,
-    ),
-]
-VaeOption = Annotated[Path | None, typer.Option(help="File of the published tokenizer.", rich_help_panel=MODEL)]
-DeviceOption = Annotated[
-    str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)
-]
-UpscaleOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1, max=64, help="Enlarge every image so many times; default: 4 up to 64 px.", rich_help_panel=OUTPUT
-    ),
-]
-
-
 @app.command()
 def sample(
-    model: ModelOption = "demo",
-    vae_ckpt: VaeOption = None,
-    var_ckpt: Annotated[
-        Path | None, typer.Option(help="File of the published transformer.", rich_help_panel=MODEL)
-    ] = None,
+    model: opt.Model = "demo",
+    vae_ckpt: opt.Vae = None,
+    var_ckpt: opt.Var = None,
     labels: Annotated[
         str | None,
         typer.Option(
             help="Classes by number or name: 3, 0-7, face-smiling, or several with commas; default: spread over all.",
-            rich_help_panel=IMAGES,
+            rich_help_panel=opt.IMAGES,
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Numbers and ranges with commas.", rich_help_panel=IMAGES)] = "0-15",
-    cfg: Annotated[float, typer.Option(help="Guidance at the last scale; 0: none.", rich_help_panel=IMAGES)] = 1.5,
-    top_k: Annotated[int, typer.Option(help="Most likely codes kept; 0: all.", rich_help_panel=IMAGES)] = 900,
-    top_p: Annotated[float, typer.Option(help="Probability mass kept; 0 or 1: all.", rich_help_panel=IMAGES)] = 0.96,
-    more_smooth: Annotated[
-        bool,
-        typer.Option("--more-smooth", help="Mix codes: smoother pictures, not for metrics.", rich_help_panel=IMAGES),
-    ] = False,
+    seeds: opt.Seeds = "0-15",
+    cfg: opt.Cfg = 1.5,
+    top_k: opt.TopK = 900,
+    top_p: opt.TopP = 0.96,
+    more_smooth: opt.MoreSmooth = False,
     list_labels: Annotated[
-        bool, typer.Option("--list-labels", help="Print the model's classes and stop.", rich_help_panel=IMAGES)
+        bool, typer.Option("--list-labels", help="Print the model's classes and stop.", rich_help_panel=opt.IMAGES)
     ] = False,
-    out: Annotated[Path, typer.Option(help="The picture with all images.", rich_help_panel=OUTPUT)] = Path("grid.png"),
-    save_dir: Annotated[
-        Path | None, typer.Option(help="Also write each image here, by label and seed.", rich_help_panel=OUTPUT)
-    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture with all images.", rich_help_panel=opt.OUTPUT)] = Path(
+        "grid.png"
+    ),
+    save_dir: opt.SaveDir = None,
     steps: Annotated[
         bool,
         typer.Option(
-            "--steps", help="The picture shows each image (row) after each scale (column).", rich_help_panel=OUTPUT
+            "--steps", help="The picture shows each image (row) after each scale (column).", rich_help_panel=opt.OUTPUT
         ),
     ] = False,
     columns: Annotated[
         int | None,
-        typer.Option(min=1, help="Images per row; default: one per label, or a square.", rich_help_panel=OUTPUT),
+        typer.Option(min=1, help="Images per row; default: one per label, or a square.", rich_help_panel=opt.OUTPUT),
     ] = None,
-    upscale: UpscaleOption = None,
-    upscale_mode: Annotated[
-        Upscaling, typer.Option(help="How --upscale enlarges.", rich_help_panel=OUTPUT)
-    ] = Upscaling.bicubic,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: bfloat16 where the device computes in it.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
-    device: DeviceOption = "auto",
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images made at once (changes no image); default: by size.", rich_help_panel=MACHINE),
-    ] = None,
+    upscale: opt.Upscale = None,
+    upscale_mode: opt.UpscaleMode = opt.Upscaling.bicubic,
+    dtype: opt.Dtype = opt.NumberType.auto,
+    device: opt.Device = "auto",
+    batch: opt.Batch = None,
 ) -> None:
     """Sample images and write them as one PNG.
 
@@ -197,21 +146,17 @@ def sample(
     They are in the text chunks of the PNG.
     """
     seed_list = parse_seeds(seeds)
-    _require_png(out)
-    if save_dir is not None and os.path.realpath(save_dir) == os.path.realpath(out):
-        raise UserError(f"--out and --save-dir are both {str(out)!r}, expected a file and a directory")
+    work.require_png(out, save_dir)
     if steps and columns is not None:
         raise UserError("--columns is given beside --steps, whose columns are the scales: expected one of them")
     from var_fast.cli_models import image_size, load_both, pick_device
     from var_fast.engine import Sampler
-    from var_fast.images import check_writable, make_grid, make_strip, save_png, squarest
+    from var_fast.images import make_grid, make_strip, squarest
     from var_fast.models.var import check_sampling_options
 
     check_sampling_options(cfg, top_k, top_p)
     if not list_labels:
-        check_writable(out)
-        if save_dir is not None:
-            _check_folder(save_dir)
+        work.check_places(out, save_dir)
         place = pick_device(device)
 
     vae, var, classes, _ = load_both(model, vae_ckpt, var_ckpt)
@@ -220,85 +165,49 @@ def sample(
             print(f"{label:>4}  {classes[label]}" if classes else label)
         return
     label_list = spread(var.num_classes) if labels is None else parse_labels(labels, var.num_classes, classes)
-    count = max(len(label_list), len(seed_list))
-    pairs = [(label_list[i % len(label_list)], seed_list[i % len(seed_list)]) for i in range(count)]
-
-    size = image_size(vae)
-    batch = batch or _default_batch(size, place.type)
+    pairs = work.pair_up(label_list, seed_list)
+    count, size = len(pairs), image_size(vae)
+    batch = batch or work.default_batch(size, place.type)
     sampler = Sampler(var, dtype=dtype.value, device=place, max_batch=batch)
     options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
-    began = time.perf_counter()
-    images_per_scale = _sample(sampler, pairs, batch, options, steps)
-    seconds = time.perf_counter() - began
-    images_B3HW = images_per_scale[-1]
-    _require_finite(images_B3HW, "sampled images")
 
-    number_type = str(sampler.dtype).removeprefix("torch.")
-    notes = _notes(model, {**options, "dtype": number_type, "device": str(sampler.device)})
-    upscale = upscale or _default_upscale(size)
-    if steps:
-        picture = make_strip(images_per_scale, upscale, mode=upscale_mode.value)
-    else:
-        one_column_per_label = 1 < len(label_list) <= 16 and len(label_list) < count and count % len(label_list) == 0
-        columns = columns or (len(label_list) if one_column_per_label else squarest(count))
-        picture = make_grid(images_B3HW, columns, upscale, mode=upscale_mode.value)
-    drawn_labels, drawn_seeds = (",".join(map(str, numbers)) for numbers in zip(*pairs))
-    if save_dir is not None:
-        _make_folder(save_dir)
-    save_png(picture, out, {**notes, "label": drawn_labels, "seed": drawn_seeds})
-    if save_dir is not None:
-        for image_3HW, (label, seed) in zip(images_B3HW, pairs):
-            own = {"label": str(label), **({"class": classes[label]} if classes else {}), "seed": str(seed)}
-            save_png(image_3HW, save_dir / image_name(label, seed, classes), {**notes, **own})
-
-    print(f"{count} x {size} x {size} pixels on {sampler.device} in {number_type}: {seconds:.2f} s")
-    print(f"{seconds / count:.3f} seconds per image")
-    print(f"picture: {out.absolute()}")
-    if save_dir is not None:
-        print(f"images:  {save_dir.absolute()}")
-
-
-def _sample(
-    sampler: Sampler, pairs: list[tuple[int, int]], batch: int, options: dict[str, Any], steps: bool
-) -> list[torch.Tensor]:
-    """Images (B, 3, H, W) in [0, 1] of the B (label, seed) pairs: one tensor per scale with `steps`, else one only."""
-    import torch
-
-    def made(labels: list[int], seeds: list[int]) -> Iterator[torch.Tensor]:
+    def make(labels: list[int], seeds: list[int]) -> Iterator[torch.Tensor]:
         if steps:
             yield from sampler.stream(labels, seeds, **options)
         else:
             yield sampler.sample(labels, seeds, **options)
 
-    parts: list[list[torch.Tensor]] = []
-    scales = len(sampler.var.patch_nums) if steps else 1
-    with _progress("sampling", len(pairs) * scales) as advance, _memory_advice(f"try a --batch below {batch}"):
-        for start in range(0, len(pairs), batch):
-            labels, seeds = (list(numbers) for numbers in zip(*pairs[start : start + batch]))
-            parts.append([])
-            for images_B3HW in made(labels, seeds):
-                parts[-1].append(images_B3HW.cpu())
-                advance(len(labels))
-    return [torch.cat(scale) for scale in zip(*parts)]
+    images_per_step, seconds = work.make_images(make, pairs, batch, len(var.patch_nums) if steps else 1)
+    upscale = upscale or work.default_upscale(size)
+    if steps:
+        picture = make_strip(images_per_step, upscale, mode=upscale_mode.value)
+    else:
+        columns = columns or work.columns_by_label(label_list, count) or squarest(count)
+        picture = make_grid(images_per_step[-1], columns, upscale, mode=upscale_mode.value)
+    texts = work.sampler_notes(model, options, sampler)
+    work.write_images(picture, images_per_step[-1], pairs, classes, texts, out, save_dir)
+    work.print_summary(sampler, count, size, seconds, out, save_dir)
+
+
+app.command()(edit)
 
 
 # ---------------------------------------------------------------------------------------------------------- reconstruct
 @app.command()
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of the tokenizer's size.")],
-    model: ModelOption = "demo",
-    vae_ckpt: VaeOption = None,
+    model: opt.Model = "demo",
+    vae_ckpt: opt.Vae = None,
     out: Annotated[
-        Path, typer.Option(help="The picture: a row per image, original and reconstruction.", rich_help_panel=OUTPUT)
+        Path,
+        typer.Option(help="The picture: a row per image, original and reconstruction.", rich_help_panel=opt.OUTPUT),
     ] = Path("reconstruction.png"),
-    resize: Annotated[
-        bool, typer.Option("--resize", help="Crop the centre square and scale it to the tokenizer's size.")
-    ] = False,
-    upscale: UpscaleOption = None,
-    device: DeviceOption = "auto",
+    resize: opt.Resize = False,
+    upscale: opt.Upscale = None,
+    device: opt.Device = "auto",
 ) -> None:
     """Send pictures through the tokenizer: image, tokens, image. Prints the PSNR of each."""
-    _require_png(out)
+    work.require_png(out)
     import torch
 
     from var_fast.cli_models import image_size, load_tokenizer, pick_device
@@ -310,25 +219,25 @@ def reconstruct(
     size = image_size(vae)
     originals_B3HW = torch.stack([load_image(path, size, resize) for path in images])
 
-    batch = _default_batch(size, place.type)
+    batch = work.default_batch(size, place.type)
     parts = []
     began = time.perf_counter()
-    with _progress("reconstructing", len(images)) as advance, _memory_advice("try --device cpu"):
+    with work.progress("reconstructing", len(images)) as advance, work.memory_advice("try --device cpu"):
         vae.to(place)
         for part_B3HW in originals_B3HW.split(batch):
             parts.append(vae.img_to_reconstructed_img(part_B3HW.to(place), last_one=True).float().cpu())
             advance(len(part_B3HW))
     seconds = time.perf_counter() - began
     pairs_B23HW = torch.stack([originals_B3HW, torch.cat(parts)], dim=1).add(1).div(2)
-    _require_finite(pairs_B23HW, "reconstructions")
+    work.require_finite(pairs_B23HW, "reconstructions")
 
     decibels = [psnr(original, reconstruction) for original, reconstruction in pairs_B23HW]
-    notes = {
-        **_notes(str(vae_ckpt or model), {"resize": resize, "device": str(place)}),
+    texts = {
+        **work.notes(str(vae_ckpt or model), {"resize": resize, "device": str(place)}),
         "images": json.dumps([path.name for path in images]),
         "psnr": ",".join(f"{value:.2f}" for value in decibels),
     }
-    save_png(make_grid(pairs_B23HW.flatten(0, 1), 2, upscale or _default_upscale(size)), out, notes)
+    save_png(make_grid(pairs_B23HW.flatten(0, 1), 2, upscale or work.default_upscale(size)), out, texts)
     for path, value in zip(images, decibels):
         print(f"{value:6.2f} dB  {path}")
     if len(images) > 1:
@@ -361,78 +270,3 @@ def train(context: typer.Context) -> None:
     from var_fast.training.cli import app as training
 
     _run(training, "var-fast train", context.args or ["--help"])
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
-def _require_png(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out is {str(out)!r}, expected a name that ends in .png")
-
-
-def _default_batch(size: int, device_type: str) -> int:
-    if size <= 64:
-        return 64
-    return 16 if device_type == "cuda" else 4
-
-
-def _default_upscale(size: int) -> int:
-    return 4 if size <= 64 else 2 if size <= 128 else 1
-
-
-def _notes(model: str, options: dict[str, Any]) -> dict[str, str]:
-    """Text chunks that every picture has."""
-    from var_fast import __version__
-
-    return {"Software": f"var_fast {__version__}", "model": model, "options": json.dumps(options)}
-
-
-def _require_finite(images: torch.Tensor, what: str) -> None:
-    if not bool(images.isfinite().all()):
-        raise UserError(f"{what} are not finite numbers: check the tokenizer's weights, or try --dtype float32")
-
-
-@contextlib.contextmanager
-def _memory_advice(advice: str) -> Iterator[None]:
-    """Turns running out of memory into a UserError."""
-    import torch
-
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator raises a plain RuntimeError, as does nearly everything else in torch.
-        words = ("can't allocate memory", "not enough memory")
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(w in str(error) for w in words):
-            raise
-        raise UserError(f"out of memory: {advice}") from None
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises UserError if files could not be written to `folder`, which may still have to be made."""
-    from var_fast.images import check_writable
-
-    if os.path.isdir(folder):
-        check_writable(folder / "image.png")
-    elif os.path.lexists(folder):
-        raise UserError(f"--save-dir is {str(folder)!r}, expected a directory")
-    else:
-        check_writable(folder)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {str(folder)!r}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, gone when done; yields the function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)

@@ -11,6 +11,7 @@ from var_fast.errors import UserError
 DEFAULT_IMAGES = 16
 MAX_IMAGES = 100_000
 MAX_SEED = 2**63 - 1
+SHOW_LABELS = "var-fast sample --list-labels shows them"
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -41,14 +42,14 @@ def parse_labels(text: str, num_classes: int, classes: Sequence[str] | None) -> 
         numbers = _parse_range(part)
         if numbers is not None:
             if numbers[-1] >= num_classes:
-                raise UserError(f"label is {numbers[-1]}, expected 0 to {num_classes - 1} (--list-labels shows them)")
+                raise UserError(f"label is {numbers[-1]}, expected 0 to {num_classes - 1} ({SHOW_LABELS})")
             labels.extend(numbers)
         elif part.casefold() in names:
             labels.append(names[part.casefold()])
         elif classes and re.fullmatch(r"[+-]?\d*", part) is None:
             close = difflib.get_close_matches(part.casefold(), names, n=1, cutoff=0.4)
             guess = f"did you mean {classes[names[close[0]]]!r}? " if close else ""
-            raise UserError(f"label {part!r} is no class of this model; {guess}(--list-labels shows them)")
+            raise UserError(f"label {part!r} is no class of this model; {guess}({SHOW_LABELS})")
         else:
             known = "a number" if classes else "a number, for this model has no class names:"
             raise UserError(f"label is {part!r}, expected {known} from 0 to {num_classes - 1}")
@@ -66,6 +67,15 @@ def _parse_range(text: str) -> range | None:
     if last - first >= MAX_IMAGES:
         raise UserError(f"range {text.strip()!r} is too long, expected at most {MAX_IMAGES} numbers")
     return range(first, last + 1)
+
+
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of "8,4,24,20", in pixels, the last two not in the box. Raises UserError."""
+    found = re.fullmatch(r"\s*([0-9]{1,9})" + r"\s*,\s*([0-9]{1,9})" * 3 + r"\s*", text)
+    left, top, right, bottom = map(int, found.groups()) if found else (0, 0, 0, 0)
+    if left >= right or top >= bottom:
+        raise UserError(f"--box is {text!r}, expected x0,y0,x1,y1 in pixels, x0 < x1 and y0 < y1, as in 8,4,24,20")
+    return left, top, right, bottom
 
 
 def spread(num_classes: int, count: int = DEFAULT_IMAGES) -> list[int]:

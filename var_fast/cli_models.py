@@ -23,7 +23,7 @@ def load_both(model: str, vae_ckpt: Path | None, var_ckpt: Path | None) -> Check
     if published is None:
         if vae_ckpt is not None or var_ckpt is not None:
             raise UserError(f"--vae-ckpt and --var-ckpt go with a published model, expected none with --model {model}")
-        loaded = load_checkpoint(_directory(model))
+        loaded = load_checkpoint(_directory(model), mapped=True)
         if loaded.var is None:
             raise UserError(f"model {model!r} is a tokenizer only, expected a transformer to sample from")
         return loaded
@@ -31,7 +31,7 @@ def load_both(model: str, vae_ckpt: Path | None, var_ckpt: Path | None) -> Check
         raise UserError(
             f"model {model!r} needs its files: --vae-ckpt vae_ch160v4096z32.pth --var-ckpt var_{published}.pth"
         )
-    loaded = load_checkpoint(var_ckpt, vae=vae_ckpt)
+    loaded = load_checkpoint(var_ckpt, vae=vae_ckpt, mapped=True)
     var = loaded.var if isinstance(loaded, Checkpoint) else loaded
     if not isinstance(var, VAR):
         raise UserError(f"--var-ckpt is {str(var_ckpt)!r}, which holds no transformer")

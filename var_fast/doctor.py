@@ -13,7 +13,7 @@ import torch
 
 import var_fast
 from var_fast.errors import UserError
-from var_fast.ops.backend import FAST_BACKENDS, explain, native_problem
+from var_fast.ops.backend import FAST_BACKENDS, LOOPS, explain, native_problem
 
 if TYPE_CHECKING:  # `report` must run on a machine that has no rich
     from rich.console import Console
@@ -29,7 +29,9 @@ def report() -> dict:
         "cpu": _cpu(),
         "cuda": _cuda(),
         "extension": _extension(),
-        "operators": {op: {device: _backend(op, device) for device in ("cpu", "cuda")} for op in FAST_BACKENDS},
+        "operators": {
+            op: {device: _backend(op, device) for device in ("cpu", "cuda")} for op in (*LOOPS, *FAST_BACKENDS)
+        },
         "demo": _demo(Path(var_fast.__file__).parent / "demo"),
     }
 

@@ -1,4 +1,5 @@
-"""Runs the tests marked `gpu` on this machine's GPU: one table, one JSON file (python -m var_fast.gpu_check)."""
+"""Runs the tests marked `gpu` on this machine's GPU, then the benchmark's short form: tables, and one JSON file
+(python -m var_fast.gpu_check)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +69,41 @@ def print_table(tests: dict[str, dict], device: str) -> None:
     Console().print(table)
 
 
+SHORT_BENCHMARK = (
+    *("--suite", "sample,ops", "--models", "d16", "--batch", "1,64", "--dtype", "bfloat16"),
+    *("--rounds", "3", "--seconds", "1", "--peer", "sdpa", "--device", "cuda"),
+)
+
+
+def short_benchmark(root: Path, out: Path, timeout_s: float = 240) -> list[dict] | str:
+    """The rows of bench/run.py's report, of which `out` becomes the folder, or why there are none."""
+    command = [sys.executable, str(root / "bench" / "run.py"), *SHORT_BENCHMARK, "--out", str(out)]
+    try:
+        # it writes its report after every case, so what is finished counts
+        done = subprocess.run(command, cwd=root, timeout=timeout_s, capture_output=True, text=True)
+        problem = None if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip())[-500:]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    try:
+        return json.loads((out / "report.json").read_text())["rows"]
+    except (OSError, ValueError) as error:
+        return problem or str(error)
+
+
+def print_figures(rows: list[dict] | str) -> None:
+    """One line for each row that has a time."""
+    if isinstance(rows, str):
+        print(f"benchmark: not run: {rows}")
+        return
+    for row in rows:
+        name = f"{row['suite']:7} {row['case']} {row['dtype']} batch {row['batch']} {row['implementation']}"
+        if row["median_s"] is None:
+            print(f"{name}: {row['skipped']}")
+            continue
+        share = f", {row['floor_s'] / row['median_s']:.0%} of floor" if row["floor_s"] else ""
+        print(f"{name}: {row['median_s'] * 1e3:.3f} ms{share}")
+
+
 def main() -> int:
     """Returns 0 if at least one gpu test ran and none failed."""
     import pytest
@@ -75,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m var_fast.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=default, help="JSON file to write (default: %(default)s)")
     root = Path(var_fast.__file__).parents[1]
+    parser.add_argument("--no-bench", action="store_true", help="leave the benchmark out")
     parser.add_argument("tests", nargs="*", help="files or folders (default: all that have gpu tests)")
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -93,7 +131,12 @@ def main() -> int:
     results = [test["outcome"] for test in outcomes.tests.values()]
     passed = results.count("passed")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"device": device, "machine": report(), "tests": outcomes.tests}, indent=1) + "\n")
+    written = {"device": device, "machine": report(), "tests": outcomes.tests}
+    out.write_text(json.dumps(written, indent=1) + "\n")
+    if torch.cuda.is_available() and not arguments.no_bench:
+        written["figures"] = short_benchmark(root, out.parent / "gpu_check_bench")
+        print_figures(written["figures"])
+        out.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{passed} of {len(results)} gpu tests passed on {device}; written to {out}")
     # a file that could not be loaded makes pytest answer 1; what that means here, the outcomes say
     finished = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from bench import quality
 from bench.backends import VARIABLE, use_backend
-from bench.quality import decode, follow, psnr_db, quality_rows
+from bench.quality import follow, psnr_db, quality_rows
 from var_fast import Sampler, load_checkpoint
+from var_fast.engine.native_loop import NativeLoop
 from var_fast.errors import UserError
 from var_fast.ops.backend import choose_backend
 
@@ -63,7 +63,6 @@ def test_a_follower_draws_its_own_tokens_and_goes_the_leaders_way(sampler):
     own = follow(sampler, LABELS, SEEDS)
     other = follow(sampler, [9, 60], [1, 2])
     led = follow(sampler, LABELS, SEEDS, lead=other.tokens)
-    assert torch.equal(led.f_hat_BChw, other.f_hat_BChw)
     assert torch.equal(led.img_B3HW, other.img_B3HW)
     assert torch.equal(led.tokens[0], own.tokens[0])  # nothing was led yet
     assert not torch.equal(led.tokens[-1], own.tokens[-1])
@@ -72,13 +71,13 @@ def test_a_follower_draws_its_own_tokens_and_goes_the_leaders_way(sampler):
 
 def test_float32_is_the_reference_and_bfloat16_is_not():
     before = os.environ.get(VARIABLE)
-    float32, bfloat16, native = quality_rows(
-        [("var_fast", "float32", "auto"), ("var_fast", "bfloat16", "auto"), ("named", "float32", "native")],
+    float32, bfloat16, absent = quality_rows(
+        [("var_fast", "float32", "auto"), ("var_fast", "bfloat16", "auto"), ("named", "float32", "triton")],
         LABELS,
         SEEDS,
         "cpu",
     )
-    assert all(set(row) == FIELDS for row in (float32, bfloat16, native))
+    assert all(set(row) == FIELDS for row in (float32, bfloat16, absent))
     assert float32["token_agreement"] == 1
     assert float32["agreement_per_scale"] == [1.0] * 7
     assert float32["images"] == float32["images_identical"] == 2
@@ -95,30 +94,22 @@ def test_float32_is_the_reference_and_bfloat16_is_not():
     assert 5 < bfloat16["psnr_free_db"] < 40  # another token early on is another image
     assert bfloat16["skipped"] is None
 
-    assert native["token_agreement"] is None
-    assert native["images"] == native["images_identical"] == 0
-    assert "cannot run on cpu" in native["skipped"] and "\n" not in native["skipped"]
-    json.dumps([float32, bfloat16, native], allow_nan=False)
+    assert absent["token_agreement"] is None
+    assert absent["images"] == absent["images_identical"] == 0
+    assert "cannot run on cpu" in absent["skipped"] and "\n" not in absent["skipped"]
+    json.dumps([float32, bfloat16, absent], allow_nan=False)
     assert os.environ.get(VARIABLE) == before
 
 
 def test_a_wrong_decoder_shows_though_the_tokens_agree(monkeypatch):
-    right = decode
+    right = NativeLoop.steps
 
-    def brighter(sampler, f_hat_BChw):
-        return right(sampler, f_hat_BChw) + 0.01
+    def brighter(self, *args):
+        for image in right(self, *args):
+            yield lambda: image() + 0.01  # noqa: B023 - called before the next step
 
-    modes = [("var_fast", "float32", "auto")]
-    reference = quality.follow
-
-    def follow_right(*args, **keywords):  # the reference's own decoder stays right
-        with monkeypatch.context() as inner:
-            inner.setattr(quality, "decode", right)
-            return reference(*args, **keywords)
-
-    monkeypatch.setattr(quality, "decode", brighter)
-    monkeypatch.setattr(quality, "follow", follow_right)
-    (row,) = quality_rows(modes, LABELS[:1], SEEDS[:1], "cpu")
+    monkeypatch.setattr(NativeLoop, "steps", brighter)  # the reference does without it
+    (row,) = quality_rows([("var_fast", "float32", "auto")], LABELS[:1], SEEDS[:1], "cpu")
     assert row["token_agreement"] == 1
     assert row["psnr_same_tokens_db"] == pytest.approx(40, abs=0.01)
 

@@ -258,8 +258,15 @@ def test_one_image_of_the_demo_model(var, capfd):
 
     assert list(found) == ["title", "total_s", "spans", "totals_s", "scales", "decoder"]
     assert found["title"] == "one image"
-    ran = {"adaln_modulate", "residual_adaln_modulate", "qk_norm", "sample_tokens", "pyramid_update", "group_norm_silu"}
-    classes = {"matrix products", "convolution", "attention", "resampling", "other", IDLE}
+    ran = {
+        "residual_adaln_modulate",
+        "qk_norm",
+        "scale_attention",
+        "sample_tokens",
+        "pyramid_update",
+        "group_norm_silu",
+    }
+    classes = {"matrix products", "convolution", "attention", "other", IDLE}
     assert set(found["totals_s"]) == ran | classes
     assert all(seconds > 0 for seconds in found["totals_s"].values())
     assert sum(found["totals_s"].values()) == pytest.approx(found["total_s"], rel=1e-6)

@@ -1,4 +1,5 @@
-"""Every Triton kernel under compute-sanitizer: no access out of bounds, no race in shared memory."""
+"""Every Triton kernel and the native loop under compute-sanitizer: no access out of bounds, no race in shared
+memory."""
 
 import os
 import shutil
@@ -27,4 +28,5 @@ def test_kernels_are_clean(check):
         timeout=280,
     )
     assert "ran scale_attention" in done.stdout, done.stderr[-2000:]
+    assert "ran the native loop float16" in done.stdout, done.stderr[-2000:]
     assert done.returncode == 0, done.stdout[-4000:]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 
-from var_fast.engine.philox import uniforms
+from var_fast.engine.edit import check_image_and_mask, kept_tokens
+from var_fast.engine.graphs import Graphs
+from var_fast.engine.loops import choose_loop
+from var_fast.engine.native_loop import NativeLoop
+from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.errors import UserError
 from var_fast.models import VAR
-from var_fast.models.published_draws import smoothing
-from var_fast.models.var import check_finite, check_sampling_options
-from var_fast.ops import filter_logits_, sample_tokens
+from var_fast.models.var import check_sampling_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKEN_STREAM, GUMBEL_STREAM = 0, 1
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -40,9 +40,14 @@ class Sampler:
     """Samples a VAR with one random stream per image, keyed by (seed of the image, scale, token).
 
     `dtype`: "float32" (the reference's tokens; on CUDA, convolutions round to TF32 unless
-    torch.backends.cudnn.allow_tf32 is False), "bfloat16" or "float16" (autocast), or "auto": bfloat16 where the
-    device computes in it, else float32. `device`: moves the model there; None: where it is. `max_batch`: larger
-    requests are made in parts. Raises UserError for an unknown dtype or device.
+    torch.backends.cudnn.allow_tf32 is False), "bfloat16" or "float16", or "auto": bfloat16 where the device computes in
+    it, else float32. Float32 weights are shared with `var`; a half type keeps one copy of its own of the large ones.
+    Weights that are changed later are heard, in either case. `device`: moves the model there; None: where it is.
+    `max_batch`: larger requests are made in parts. Calls from several threads are safe.
+
+    The loop runs in C++, on CUDA as a graph that is captured at the first call with a batch size (rounded up to a power
+    of two) and options. Where it cannot (a layer that was replaced, float16 on a CPU, VAR_FAST_BACKEND=reference) the
+    PyTorch modules run instead. Raises UserError for an unknown dtype or device.
     """
 
     def __init__(self, var: VAR, *, dtype: str = "auto", device: str | torch.device | None = None, max_batch: int = 64):
@@ -62,6 +67,10 @@ class Sampler:
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
+        self.loop = choose_loop(var, self.dtype)
+        self.graphs = None
+        if self.device.type == "cuda" and isinstance(self.loop, NativeLoop):
+            self.graphs = Graphs(self.loop, max_batch)
 
     def sample(
         self,
@@ -78,12 +87,9 @@ class Sampler:
         from 0; `top_k` 0 and `top_p` 0 keep all codes; `more_smooth` mixes codes by a Gumbel softmax (for pictures,
         not for metrics). Raises UserError for arguments out of range and for logits that are not finite.
         """
-        parts = []
-        for part in self._parts(labels, seeds, cfg, top_k, top_p):
-            with self._autocast():
-                *_, f_hat_BChw = self._scales(*part, cfg, top_k, top_p, more_smooth)
-            parts.append(self._decode(f_hat_BChw))
-        return torch.cat(parts)
+        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        make = (self.graphs or self.loop).sample
+        return torch.cat([make(*part, options) for part in self._parts(labels, seeds, options)])
 
     def stream(
         self,
@@ -95,49 +101,56 @@ class Sampler:
         more_smooth: bool = False,
     ) -> Iterator[torch.Tensor]:
         """As `sample`, but yields the images after each scale; the last are the finished ones."""
-        parts = [
-            self._scales(*part, cfg, top_k, top_p, more_smooth)
-            for part in self._parts(labels, seeds, cfg, top_k, top_p)
-        ]
+        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        parts = [self.loop.steps(*part, options) for part in self._parts(labels, seeds, options)]
         # One part at a time would hold back the first images, so all parts advance together.
-        for _ in self.var.patch_nums:
-            with self._autocast():
-                f_hats = [next(part) for part in parts]
-            yield torch.cat([self._decode(f_hat) for f_hat in f_hats])
+        for images in zip(*parts, strict=True):
+            yield torch.cat([image() for image in images])
 
-    def _parts(self, labels, seeds, cfg, top_k, top_p) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        check_sampling_options(cfg, top_k, top_p)
+    def edit(
+        self,
+        image: torch.Tensor,
+        mask: torch.Tensor,
+        labels: Sequence[int] | torch.Tensor,
+        seeds: Sequence[int] | torch.Tensor,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        more_smooth: bool = False,
+        *,
+        paste: bool = False,
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] with new content where the mask is True: in-painting, out-painting, a
+        region of another class.
+
+        `image`: (3, H, W) or (B, 3, H, W) in [0, 1] of the model's size; `mask`: (H, W), (B, H, W) or (B, 1, H, W)
+        bool; one image or mask serves all B labels and seeds. These and the options are `sample`'s; the null class,
+        num_classes, asks for content of any class.
+
+        Tokens of the kept region are the image's at every scale, the others are sampled (`sampled_tokens` has the
+        rule). So outside the mask there is the tokenizer's reconstruction of the image, but for what coarse tokens and
+        the decoder spread; `paste` puts the image's own pixels there. A mask that is all False gives the
+        reconstruction, one that is all True gives `sample`'s images. Raises UserError for bad arguments, and for a mask
+        too thin to make any token anew.
+        """
+        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        parts = self._parts(labels, seeds, options)
+        count, patch_nums = sum(len(label_B) for label_B, _ in parts), self.var.patch_nums
+        size = patch_nums[-1] * self.vae.downsample
+        image_B3HW, mask_BHW = check_image_and_mask(image, mask, count, size, self.device)
+        keeps = kept_tokens(self.vae, image_B3HW, mask_BHW, patch_nums, count, self.max_batch)
+        edited_B3HW = torch.cat(
+            [
+                final_image(self.loop.steps(*part, options, keep), len(patch_nums))
+                for part, keep in zip(parts, keeps, strict=True)
+            ]
+        )
+        return torch.where(mask_BHW.unsqueeze(1), edited_B3HW, image_B3HW) if paste else edited_B3HW
+
+    def _parts(self, labels, seeds, options: SamplingOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        check_sampling_options(*options[:3])
         label_B, seed_B = _whole_numbers("labels", labels), _whole_numbers("seeds", seeds)
         if len(label_B) != len(seed_B) or len(label_B) == 0:
             raise UserError(f"{len(label_B)} labels and {len(seed_B)} seeds, expected as many of each and at least one")
         label_B = self.var.resolve_labels(len(label_B), label_B, None)
         return list(zip(label_B.split(self.max_batch), seed_B.to(self.device).split(self.max_batch), strict=True))
-
-    def _autocast(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _scales(self, label_B, seed_B, cfg, top_k, top_p, more_smooth) -> Iterator[torch.Tensor]:
-        embedding_VC = self.var.vae_quant_proxy[0].embedding.weight
-
-        def draw(si, cond_BlV, uncond_BlV, t):
-            check_finite(cond_BlV if uncond_BlV is None else cond_BlV + uncond_BlV, si)
-            u_Bl = uniforms(seed_B, TOKEN_STREAM, si, cond_BlV.shape[1]).squeeze(-1)
-            idx_Bl = sample_tokens(cond_BlV, uncond_BlV, t, top_k, top_p, u_Bl)
-            if not more_smooth:
-                return idx_Bl, None
-            sharpness, tau = smoothing(si, len(self.var.patch_nums))
-            logits_BlV = cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV
-            logits_BlV = filter_logits_(logits_BlV.clone(), top_k, top_p) * sharpness
-            u_BlV = uniforms(seed_B, GUMBEL_STREAM, si, *logits_BlV.shape[1:])
-            gumbel_BlV = -torch.log(-torch.log(u_BlV.clamp_min(2**-25)))
-            weights_BlV = ((logits_BlV + gumbel_BlV) / tau).softmax(dim=-1)
-            return idx_Bl, weights_BlV @ embedding_VC
-
-        return self.var.sample_scales(label_B, cfg, draw)
-
-    @torch.no_grad()
-    def _decode(self, f_hat_BChw: torch.Tensor) -> torch.Tensor:
-        with self._autocast():
-            return self.vae.fhat_to_img(f_hat_BChw).float().add_(1).mul_(0.5)

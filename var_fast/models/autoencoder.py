@@ -78,7 +78,7 @@ class AttnBlock(nn.Module):
         return x_BChw + self.proj_out(o_BLC.transpose(1, 2).reshape(B, C, h, w))
 
 
-class _MidBlock(nn.Module):
+class MidBlock(nn.Module):
     def __init__(self, channels: int, dropout: float, with_attention: bool):
         super().__init__()
         self.block_1 = ResnetBlock(in_channels=channels, dropout=dropout)
@@ -89,7 +89,7 @@ class _MidBlock(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x_BChw)))
 
 
-class _Level(nn.Module):
+class Level(nn.Module):
     """Residual blocks of one resolution; `attn` holds one attention per block, or none at all."""
 
     def __init__(self):
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = ch
         for i, mult in enumerate(ch_mult):
-            level, is_last = _Level(), i == len(ch_mult) - 1
+            level, is_last = Level(), i == len(ch_mult) - 1
             for _ in range(num_res_blocks):
                 level.block.append(ResnetBlock(in_channels=width, out_channels=ch * mult, dropout=dropout))
                 width = ch * mult
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
             if not is_last:
                 level.downsample = Downsample2x(width)
             self.down.append(level)
-        self.mid = _MidBlock(width, dropout, using_mid_sa)
+        self.mid = MidBlock(width, dropout, using_mid_sa)
         self.norm_out = _norm(width)
         self.conv_out = _conv3x3(width, z_channels)
 
@@ -164,10 +164,10 @@ class Decoder(nn.Module):
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = _conv3x3(z_channels, width)
-        self.mid = _MidBlock(width, dropout, using_mid_sa)
+        self.mid = MidBlock(width, dropout, using_mid_sa)
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
-            level = _Level()
+            level = Level()
             for _ in range(num_res_blocks + 1):
                 level.block.append(ResnetBlock(in_channels=width, out_channels=ch * mult, dropout=dropout))
                 width = ch * mult

@@ -83,6 +83,7 @@ class VAR(TransformerHubMixin, nn.Module):
         # Tuples hide the tokenizer from nn.Module: neither a parameter nor an entry of the state dict.
         self.vae_proxy, self.vae_quant_proxy = (vae_local,), (vae_local.quantize,)
         self._rng: torch.Generator | None = None
+        self._native: Any = None
 
         init_std = math.sqrt(1 / self.C / 3)
         self.word_embed = nn.Linear(self.Cvae, self.C)
@@ -152,7 +153,8 @@ class VAR(TransformerHubMixin, nn.Module):
         return f"drop_path_rate={self.drop_path_rate:g}"
 
     def __getstate__(self):
-        return {**self.__dict__, "_rng": None}  # a generator is neither copied nor pickled with its model
+        # a generator is neither copied nor pickled with its model, nor is what the native loop holds
+        return {**self.__dict__, "_rng": None, "_native": None}
 
     # ------------------------------------------------------------------------------------------------ training
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor) -> torch.Tensor:
@@ -249,8 +251,7 @@ class VAR(TransformerHubMixin, nn.Module):
         label_B = self.resolve_labels(B, label_B, rng)
         embedding_VC = self.vae_quant_proxy[0].embedding.weight
 
-        def draw(si, cond_BlV, uncond_BlV, t):
-            logits_BlV = cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV
+        def draw(si, logits_BlV):
             check_finite(logits_BlV, si)
             idx_Bl = sample_with_top_k_top_p_(logits_BlV, top_k, top_p, rng)[..., 0]
             if not more_smooth:
@@ -258,8 +259,30 @@ class VAR(TransformerHubMixin, nn.Module):
             sharpness, tau = smoothing(si, len(self.patch_nums))
             return idx_Bl, gumbel_softmax_with_rng(logits_BlV * sharpness, tau, rng=rng) @ embedding_VC
 
-        *_, f_hat_BChw = self.sample_scales(label_B, cfg, draw)
+        native = self._native_loop()
+        if native is not None:
+            return native.sample_drawn_by(label_B, cfg, draw).to(native.dtype)
+
+        def guide_and_draw(si, cond_BlV, uncond_BlV, t):
+            return draw(si, cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV)
+
+        *_, f_hat_BChw = self.sample_scales(label_B, cfg, guide_and_draw)
         return self.vae_proxy[0].fhat_to_img(f_hat_BChw).add_(1).mul_(0.5)
+
+    def _native_loop(self):
+        """The C++ loop for this model as it is now, kept for the next call; None where the modules have to do it."""
+        # the engine knows the models; they call on it here alone
+        from var_fast.engine.loops import native_can
+        from var_fast.engine.native_loop import NativeLoop
+
+        device_type = self.lvl_1L.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
+        if self._native is not None and self._native.dtype != dtype:
+            self._native = None  # before the next is made: there may be no room for the weights of both
+        if self.training or self.vae_proxy[0].training or not native_can(self, dtype):
+            return None
+        self._native = self._native or NativeLoop(self, dtype)
+        return self._native
 
     def resolve_labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
         """(B,) int64 on the model's device, from any form that `autoregressive_infer_cfg` takes, or a UserError."""
@@ -364,5 +387,9 @@ def check_finite(logits_BlV: torch.Tensor, si: int) -> None:
     """Raises UserError naming the scale and the image whose logits hold NaN or infinity."""
     finite_B = torch.isfinite(logits_BlV).flatten(1).all(1)
     if not finite_B.all():
-        image = int((~finite_B).nonzero()[0])
-        raise UserError(f"logits are not finite at scale {si}, image {image}: check the weights, the dtype and cfg")
+        raise not_finite(si, int((~finite_B).nonzero()[0]))
+
+
+def not_finite(si: int, image: int) -> UserError:
+    """The error for logits that hold NaN or infinity."""
+    return UserError(f"logits are not finite at scale {si}, image {image}: check the weights, the dtype and cfg")

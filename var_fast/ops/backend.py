@@ -31,6 +31,9 @@ FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "group_norm_silu": {"triton": ("cuda",), "native": ("cpu",)},
 }
 
+# what is no operator, but chosen in the same way: the loop of var_fast/engine
+LOOPS: dict[str, dict[str, tuple[str, ...]]] = {"sampling_loop": {"native": ("cpu", "cuda")}}
+
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # not imported: that takes a second
 
@@ -53,6 +56,13 @@ _NATIVE_PROBLEM = _load_native()  # once: torch.compile cannot look into an impo
 def native_problem() -> str | None:
     """Why the compiled extension var_fast._C cannot be used, or None if it can."""
     return _NATIVE_PROBLEM
+
+
+def cuda_problem() -> str | None:
+    """Why the compiled extension, if there is one, cannot compute on CUDA; None if it can."""
+    from var_fast import _C
+
+    return None if _C.has_cuda() else "built without CUDA; with nvcc and a torch for CUDA run: pip install -e ."
 
 
 def triton_problem() -> str | None:
@@ -108,7 +118,7 @@ def _choose(op, device_type, requested, native_misfit=lambda: None) -> tuple[str
             raise BackendUnavailable(f"{op}: backend {requested!r} ({origin}) cannot run on {device_type}: {problem}")
         return requested, origin
     problems = []
-    for backend in FAST_BACKENDS[op]:
+    for backend in _backends(op):
         problem = _problem(op, backend, device_type, native_misfit)
         if problem is None:
             return backend, f"the fastest {op} for {device_type}"
@@ -116,10 +126,16 @@ def _choose(op, device_type, requested, native_misfit=lambda: None) -> tuple[str
     return "reference", "; ".join(problems) or "nothing faster in this version"
 
 
+def _backends(op: str) -> dict[str, tuple[str, ...]]:
+    return LOOPS[op] if op in LOOPS else FAST_BACKENDS[op]
+
+
 def _problem(op: str, backend: str, device_type: str, native_misfit) -> str | None:
-    devices = FAST_BACKENDS[op].get(backend)
+    devices = _backends(op).get(backend)
     if devices is None:
         return f"{op} has no {backend} implementation in this version"
     if device_type not in devices:
         return f"implemented for {', '.join(devices)} only"
-    return triton_problem() if backend == "triton" else native_problem() or native_misfit()
+    if backend == "triton":
+        return triton_problem()
+    return native_problem() or (cuda_problem() if device_type == "cuda" else None) or native_misfit()

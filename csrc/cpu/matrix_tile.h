@@ -1,0 +1,65 @@
+// Kernels of float32 matrix products, included once per instruction set: the surrounding namespace has given
+// VAR_FAST_TARGET, Vector, LANES, VECTORS, zero, load, store, everywhere, fma, add and transpose.
+
+constexpr int COLUMNS = LANES * VECTORS;
+
+// out[m][n] = base[m][n] + sum over k of x[m][k] w[k][n] for ROWS rows and COLUMNS columns; x is (ROWS, STRIDE) and
+// w (K, COLUMNS), packed; base nullptr: zeros. Every element has one accumulator that adds k in order. Meanwhile FETCH
+// rows of K floats at `next`, next_stride apart, are called into the second-level cache.
+template <int ROWS, int STRIDE, int FETCH>
+VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float* base, int64_t base_stride, float* out,
+                          int64_t out_stride, const float* next, int64_t next_stride) {
+    Vector sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sum[m][v] = zero();
+    for (int64_t k = 0; k < K; k += 16) {
+        // a little at a time: what the sums wait for must not queue behind it
+        const float* fetched = out + std::min<int64_t>(k / 16, ROWS - 1) * out_stride;
+        __builtin_prefetch(fetched, 1);
+        __builtin_prefetch(fetched + COLUMNS - 1, 1);
+        if (FETCH < 16)
+#pragma GCC unroll 8
+            for (int i = 0; i < FETCH; ++i) __builtin_prefetch(next + i * next_stride + k, 0, 2);
+        const float* line = next + k;
+        const float* end = x + std::min<int64_t>(16, K - k);
+#pragma GCC unroll 1
+        for (; x < end; w += COLUMNS, ++x) {
+#pragma GCC unroll 2
+            for (int i = 0; i < FETCH / 16; ++i, line += next_stride) __builtin_prefetch(line, 0, 2);
+            Vector column[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) column[v] = load(w + v * LANES);
+#pragma GCC unroll 16
+            for (int m = 0; m < ROWS; ++m) {
+                const Vector row = everywhere(x[m * STRIDE]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) sum[m][v] = fma(row, column[v], sum[m][v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            const Vector start = base ? load(base + m * base_stride + v * LANES) : zero();
+            store(out + m * out_stride + v * LANES, add(start, sum[m][v]));
+        }
+}
+
+// w (rows n of stride, K) -> (K, COLUMNS), zeros where n >= n_count; meanwhile FETCH rows at `next` as above
+template <int FETCH>
+VAR_FAST_TARGET void pack_columns(const float* w, int64_t stride, int64_t n_count, int64_t K, const float* next,
+                                  float* packed) {
+    int64_t k = 0;
+    if (n_count == COLUMNS)
+        for (; k + LANES <= K; k += LANES) {
+            for (int i = 0; i < FETCH; ++i) __builtin_prefetch(next + i * stride + k, 0, 2);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v)
+                transpose(w + v * LANES * stride + k, stride, packed + k * COLUMNS + v * LANES);
+        }
+    for (; k < K; ++k)
+        for (int64_t n = 0; n < COLUMNS; ++n) packed[k * COLUMNS + n] = n < n_count ? w[n * stride + k] : 0.0f;
+}

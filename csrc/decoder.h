@@ -1,0 +1,42 @@
+// The tokenizer's decoder, channels last: f_hat -> image.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "linear.h"
+
+namespace var_fast {
+
+struct Norm {
+    at::Tensor weight_C, bias_C;  // float32
+    int64_t groups = 32;
+    float eps = 1e-6f;
+};
+
+// `packed`: by mkldnn_reorder_conv2d_weight, for this padding.
+struct Conv {
+    at::Tensor weight, bias;
+    int64_t padding = 0;
+    bool packed = false;
+};
+
+// One step of the decoder, in the order in which they run; what a kind does not use is empty.
+struct DecoderStep {
+    enum class Kind { conv, residual, attention, upsample, norm_silu };
+    Kind kind = Kind::conv;
+    std::vector<Norm> norms;
+    std::vector<Conv> convs;      // conv: 1; residual: 2, or 3 with a shortcut; upsample: its four phases as one
+    std::vector<Linear> linears;  // attention: qkv, proj
+};
+
+struct Decoder {
+    std::vector<DecoderStep> steps;
+    Type type = Type::f32;
+};
+
+// f_hat (B, Cvae, h, w) float32 -> image (B, 3, H, W) float32 in [0, 1].
+at::Tensor decode(const Decoder& decoder, const at::Tensor& f_hat_BChw, const Place& place);
+
+}  // namespace var_fast

@@ -1,0 +1,34 @@
+// A linear layer where its weights lie: own float32 kernel or oneDNN's packed bfloat16 on a CPU, cuBLASLt on CUDA.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "ops.h"
+
+namespace var_fast {
+
+// Where a run computes: a CUDA stream, or threads of the CPU.
+struct Place {
+    bool cuda = false;
+    void* stream = nullptr;
+    int threads = 1;
+};
+
+struct Linear {
+    at::Tensor weight_NK, bias_N;  // bias undefined: none
+    bool packed = false;           // by mkldnn::_reorder_linear_weight
+
+    int64_t out_features = 0;
+};
+
+// y (M, N) = x (M, K) W^T + b, then tanh-GELU if asked for, in x's type. `y` is written where the library can, else a
+// tensor of its own is returned.
+at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place);
+
+// As linear, but y is float32 whatever x's type.
+void linear_float32(const at::Tensor& x_MK, const Linear& layer, const at::Tensor& y_MN, const Place& place);
+
+at::ScalarType scalar_type(Type type);
+Type element_type(const at::Tensor& tensor);
+
+}  // namespace var_fast

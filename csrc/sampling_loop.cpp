@@ -1,0 +1,233 @@
+#include "sampling_loop.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "leaf.h"
+
+namespace var_fast {
+namespace {
+
+const void* pointer(const at::Tensor& tensor) { return tensor.const_data_ptr(); }
+
+const float* floats(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+// The first rows x columns elements of a buffer.
+at::Tensor rows_of(const at::Tensor& buffer, int64_t rows, int64_t columns) {
+    return buffer.narrow(0, 0, rows * columns).view({rows, columns});
+}
+
+}  // namespace
+
+int64_t Model::total_tokens() const {
+    return std::accumulate(patch_nums.begin(), patch_nums.end(), int64_t{0},
+                           [](int64_t sum, int64_t pn) { return sum + pn * pn; });
+}
+
+SamplingRun::SamplingRun(std::shared_ptr<const Model> model, int64_t batch, bool guided)
+    : model_(std::move(model)), B_(batch), guided_(guided), M_(guided ? batch + 1 : batch), R_(guided ? 2 * batch : batch) {
+    const Model& m = *model_;
+    const auto options = at::TensorOptions().device(m.device()).dtype(at::kFloat);
+    const auto half = options.dtype(scalar_type(m.type));
+    const auto bytes = options.dtype(at::kByte);
+    const int64_t l = *std::max_element(m.patch_nums.begin(), m.patch_nums.end());
+    const int64_t tokens = l * l, D = m.C / m.H, depth = static_cast<int64_t>(m.blocks.size());
+    place_.cuda = m.device().is_cuda();
+
+    modulation_dM6C_ = at::empty({depth + 1, M_, 6 * m.C}, options);
+    head_modulation_M2C_ = at::empty({M_, 2 * m.C}, options);
+    x_ = at::empty({R_ * tokens * m.C}, options);
+    y_ = at::empty({R_ * tokens * m.C}, half);
+    attended_ = at::empty({R_ * tokens * m.C}, half);
+    head_in_ = at::empty({R_ * tokens * m.C}, options);
+    logits_ = at::empty({B_ * tokens * m.V}, options);
+    f_hat_BChw_ = at::empty({B_, m.Cvae, m.patch_nums.back(), m.patch_nums.back()}, options);
+    next_map_BlC_ = at::empty({B_ * tokens * m.Cvae}, options);
+    idx_ = at::empty({B_ * tokens}, options.dtype(at::kLong));
+    not_finite_SB_ = at::zeros({m.scales(), B_}, options.dtype(at::kInt));
+    if (place_.cuda || m.type == Type::f32) {  // oneDNN's packed products return tensors of their own
+        qkv_ = at::empty({R_ * tokens * 3 * m.C}, half);
+        hidden_ = at::empty({R_ * tokens * m.hidden}, half);
+        branch_ = at::empty({R_ * tokens * m.C}, half);
+    }
+    int64_t q = 0, k = 0, v = 0;
+    const int64_t total = m.total_tokens();
+    if (place_.cuda) {
+        q = R_ * tokens * m.C * half.dtype().itemsize();
+        k = v = R_ * total * m.C * half.dtype().itemsize();
+    } else {
+        q = cpu::q_bytes(m.type, R_, tokens, m.H, D);
+        k = cpu::k_cache_bytes(m.type, R_, m.H, D, total);
+        v = cpu::v_cache_bytes(m.type, R_, m.H, D, total);
+    }
+    q_ = at::empty({q}, bytes);
+    for (int64_t block = 0; block < depth; ++block) {
+        k_cache_.push_back(at::zeros({k}, bytes));
+        v_cache_.push_back(at::zeros({v}, bytes));
+    }
+}
+
+void SamplingRun::begin(const at::Tensor& label_B, double cfg, uintptr_t stream) {
+    const Model& m = *model_;
+    TORCH_CHECK_VALUE(label_B.dim() == 1 && label_B.size(0) == B_, "label_B has shape ", label_B.sizes(), ", expected (",
+                      B_, ",)");
+    cfg_ = cfg;
+    place_.stream = reinterpret_cast<void*>(stream);
+    place_.threads = at::get_num_threads();
+    scale_ = begin_ = 0;
+    f_hat_BChw_.zero_();
+    not_finite_SB_.zero_();
+    modulations(label_B);
+    const int64_t l = m.tokens(0);
+    const at::Tensor x_MlC = rows_of(x_, M_ * l, m.C).view({M_, l, m.C});
+    at::add_out(const_cast<at::Tensor&>(x_MlC), condition_MC_.unsqueeze(1), m.start_1lC);
+}
+
+// The class alone decides them, so once a call is enough; all unconditional rows are one.
+void SamplingRun::modulations(const at::Tensor& label_B) {
+    const Model& m = *model_;
+    at::Tensor row_M = label_B;
+    if (guided_) row_M = at::cat({label_B, at::full({1}, m.class_embedding.size(0) - 1, label_B.options())});
+    condition_MC_ = m.class_embedding.index_select(0, row_M);
+    const at::Tensor active_MC = at::silu(condition_MC_);
+    at::Tensor shared_M6C;
+    if (m.shared_modulation.weight_NK.defined()) {
+        shared_M6C = at::empty({M_, 6 * m.C}, condition_MC_.options());
+        linear(active_MC, m.shared_modulation, false, shared_M6C, place_);
+    }
+    for (size_t block = 0; block < m.blocks.size(); ++block) {
+        at::Tensor own_M6C = modulation_dM6C_[static_cast<int64_t>(block)];
+        if (shared_M6C.defined())
+            at::add_out(own_M6C, shared_M6C, m.blocks[block].shared_offset_6C);
+        else
+            linear(active_MC, m.blocks[block].modulation, false, own_M6C, place_);
+    }
+    // The head's, scale and shift, follow those of the blocks, so that all rows lie equally far apart.
+    linear(active_MC, m.head_modulation, false, head_modulation_M2C_, place_);
+    modulation_dM6C_[-1].narrow(1, 0, 2 * m.C).copy_(head_modulation_M2C_);
+}
+
+const float* SamplingRun::modulation(int64_t block, int64_t part) const {
+    return floats(modulation_dM6C_) + (block * M_ * 6 + part) * model_->C;
+}
+
+at::Tensor SamplingRun::logits() {
+    const Model& m = *model_;
+    TORCH_CHECK(scale_ < m.scales(), "all ", m.scales(), " scales are sampled: call begin()");
+    enum Part { gate1, gate2, scale1, scale2, shift1, shift2 };
+    const int64_t l = m.tokens(scale_), C = m.C, D = C / m.H, total = m.total_tokens(), depth = m.blocks.size();
+    // At the first scale all unconditional images are the same one.
+    const int64_t S = scale_ == 0 ? M_ : R_, N = S * l;
+    float* const x = x_.mutable_data_ptr<float>();
+    const at::Tensor y_NC = rows_of(y_, N, C);
+    const auto buffer = [&](const at::Tensor& whole, int64_t columns) {
+        return whole.defined() ? rows_of(whole, N, columns) : at::Tensor();
+    };
+    const auto norm = [&](int64_t images, const at::Tensor& branch, const float* gate, const float* scale,
+                          const float* shift, const at::Tensor& y) {
+        const void* const data = branch.defined() ? pointer(branch) : nullptr;
+        leaf_residual_adaln_modulate(place_, x, data, m.type, gate, scale, shift, 6 * C, M_, images, l, C, m.eps,
+                                     y.mutable_data_ptr(), element_type(y));
+    };
+    at::Tensor branch_NC;
+    for (int64_t d = 0; d < depth; ++d) {
+        const BlockWeights& block = m.blocks[d];
+        norm(S, branch_NC, d ? modulation(d - 1, gate2) : nullptr, modulation(d, scale1), modulation(d, shift1), y_NC);
+        const at::Tensor qkv_N3C = linear(y_NC, block.qkv, false, buffer(qkv_, 3 * C), place_);
+        leaf_qk_norm(place_, pointer(qkv_N3C), m.type, floats(block.scale_H), m.softmax_scale, S, R_, l, m.H, D,
+                     q_.mutable_data_ptr(), k_cache_[d].mutable_data_ptr(), v_cache_[d].mutable_data_ptr(), begin_, total);
+        branch_NC = linear(attend(d, S), block.proj, false, buffer(branch_, C), place_);
+        norm(S, branch_NC, modulation(d, gate1), modulation(d, scale2), modulation(d, shift2), y_NC);
+        const at::Tensor hidden = linear(y_NC, block.fc1, /*gelu=*/true, buffer(hidden_, m.hidden), place_);
+        branch_NC = linear(hidden, block.fc2, false, buffer(branch_, C), place_);
+    }
+
+    const double t = m.scales() > 1 ? cfg_ * scale_ / (m.scales() - 1) : 0;
+    const bool mixed = guided_ && t != 0;
+    const int64_t images = mixed ? R_ : B_, rows = B_ * l;
+    at::Tensor h_NC = rows_of(head_in_, images * l, C);
+    norm(images, branch_NC, modulation(depth - 1, gate2), modulation(depth, 0), modulation(depth, 1), h_NC);
+    // The head is linear, so guidance before it gives the guided logits, from half the rows.
+    if (mixed) {
+        at::Tensor guided_NC = h_NC.narrow(0, 0, rows);
+        guided_NC.mul_(1 + t).sub_(h_NC.narrow(0, rows, rows), t);
+        h_NC = guided_NC;
+    }
+    const at::Tensor logits_NV = rows_of(logits_, rows, m.V);
+    // on a CPU the head stays in float32: bfloat16 there changes three times as many tokens as all else together
+    linear_float32(place_.cuda ? h_NC.to(scalar_type(m.type)) : h_NC, m.head, logits_NV, place_);
+    return logits_NV.view({B_, l, m.V});
+}
+
+at::Tensor SamplingRun::attend(int64_t block, int64_t images) {
+    VAR_FAST_RANGE("scale_attention");
+    const Model& m = *model_;
+    const int64_t l = m.tokens(scale_), D = m.C / m.H, length = begin_ + l, total = m.total_tokens();
+    if (!place_.cuda) {
+        const at::Tensor attended_NC = rows_of(attended_, images * l, m.C);
+        cpu::scale_attention(pointer(q_), pointer(k_cache_[block]), pointer(v_cache_[block]), m.type, images, l, m.H, D,
+                             length, total, attended_NC.mutable_data_ptr(), place_.threads);
+        return attended_NC;
+    }
+    const auto view = [&](const at::Tensor& bytes, at::IntArrayRef shape) {
+        return bytes.view(scalar_type(m.type)).narrow(0, 0, c10::multiply_integers(shape)).view(shape);
+    };
+    const at::Tensor q = view(q_, {images, l, m.H, D}).transpose(1, 2);
+    const at::Tensor k = view(k_cache_[block], {images, m.H, total, D}).narrow(2, 0, length);
+    const at::Tensor v = view(v_cache_[block], {images, m.H, total, D}).narrow(2, 0, length);
+    const at::Tensor o = at::scaled_dot_product_attention(q, k, v, {}, 0.0, false, 1.0);
+    return o.transpose(1, 2).reshape({images * l, m.C});
+}
+
+at::Tensor SamplingRun::draw(const at::Tensor& logits_BlV, const at::Tensor& seed_B, int64_t top_k, double top_p) {
+    const Model& m = *model_;
+    const int64_t l = m.tokens(scale_);
+    TORCH_CHECK_VALUE(seed_B.dim() == 1 && seed_B.size(0) == B_, "seed_B has shape ", seed_B.sizes(), ", expected (", B_,
+                      ",)");
+    const int64_t bad = leaf_draw_tokens(place_, floats(logits_BlV), seed_B.const_data_ptr<int64_t>(), scale_, B_, l, m.V,
+                                         top_k, top_p, idx_.mutable_data_ptr<int64_t>(),
+                                         not_finite_SB_.mutable_data_ptr<int32_t>());
+    if (bad >= 0) throw NotFiniteError(scale_, bad);
+    return idx_.narrow(0, 0, B_ * l).view({B_, l});
+}
+
+void SamplingRun::advance(const std::optional<at::Tensor>& idx_Bl, const std::optional<at::Tensor>& codes_BlC) {
+    const Model& m = *model_;
+    const int64_t pn = m.patch_nums[scale_], side = m.patch_nums.back();
+    const bool last = scale_ + 1 == m.scales();
+    const int64_t pn_next = last ? 0 : m.patch_nums[scale_ + 1], l = pn_next * pn_next;
+    const at::Tensor idx = idx_Bl ? idx_Bl->contiguous() : at::Tensor();
+    const at::Tensor codes = codes_BlC ? codes_BlC->to(at::kFloat).contiguous() : at::Tensor();
+    const Phi& phi = m.phi[scale_];
+    leaf_pyramid_update(place_, idx.defined() ? idx.const_data_ptr<int64_t>() : nullptr, floats(codes), floats(m.codebook_VC),
+                        floats(phi.weight), floats(phi.bias), phi.ratio, f_hat_BChw_.mutable_data_ptr<float>(), B_, m.Cvae,
+                        side, side, pn, pn_next, next_map_BlC_.mutable_data_ptr<float>());
+    begin_ += m.tokens(scale_);
+    ++scale_;
+    if (last) return;
+    const at::Tensor x_NC = rows_of(x_, R_ * l, m.C), x_BlC = x_NC.narrow(0, 0, B_ * l);
+    linear(rows_of(next_map_BlC_, B_ * l, m.Cvae), m.word_embedding, false, x_BlC, place_);
+    x_BlC.view({B_, l, m.C}).add_(m.position_1LC.narrow(1, begin_, l));
+    if (guided_) x_NC.narrow(0, B_ * l, B_ * l).copy_(x_BlC);
+}
+
+at::Tensor SamplingRun::sample(const at::Tensor& label_B, const at::Tensor& seed_B, double cfg, int64_t top_k,
+                               double top_p, uintptr_t stream, const std::function<void()>& check) {
+    begin(label_B, cfg, stream);
+    while (scale_ < model_->scales()) {
+        check();
+        RECORD_USER_SCOPE("scale:" + std::to_string(scale_) + ":" + std::to_string(model_->patch_nums[scale_]));
+        advance(draw(logits(), seed_B, top_k, top_p), {});
+    }
+    check();
+    return image();
+}
+
+at::Tensor SamplingRun::image() {
+    RECORD_USER_SCOPE("part:decoder");
+    return decode(model_->decoder, f_hat_BChw_, place_);
+}
+
+}  // namespace var_fast
