@@ -10,6 +10,10 @@
 #include "ops.h"
 #include "philox.h"
 
+#ifdef VAR_FAST_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -167,4 +171,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
     m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
           py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
+#ifdef VAR_FAST_WITH_CUDA
+    var_fast::bind_cuda(m);
+    m.def("has_cuda", [] { return true; }, "Whether this build holds the CUDA operators (not: whether there is a GPU).");
+#else
+    m.def("has_cuda", [] { return false; }, "Whether this build holds the CUDA operators (not: whether there is a GPU).");
+#endif
 }

@@ -1,0 +1,132 @@
+// What the kernels share: element types, vector loads and stores, reductions, the launch.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "ops_cuda.h"
+
+#ifndef VAR_FAST_ON_HOST  // tests/cuda/host_cuda.h runs these files on a machine without CUDA
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace var_fast::cuda {
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half(x);
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T at[N];
+};
+
+// How many elements one load or store moves: 16 bytes of them, the widest there is on sm_80 and sm_90.
+template <class T>
+constexpr int per_load = 16 / sizeof(T);
+
+// N elements from an address that is a multiple of their bytes (of 16 at most), as float.
+template <int N, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+    constexpr int width = N < per_load<T> ? N : per_load<T>;
+#pragma unroll
+    for (int i = 0; i < N; i += width) {
+        const Pack<T, width> pack = *reinterpret_cast<const Pack<T, width>*>(from + i);
+#pragma unroll
+        for (int j = 0; j < width; ++j) to[i + j] = to_float(pack.at[j]);
+    }
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[N]) {
+    constexpr int width = N < per_load<T> ? N : per_load<T>;
+#pragma unroll
+    for (int i = 0; i < N; i += width) {
+        Pack<T, width> pack;
+#pragma unroll
+        for (int j = 0; j < width; ++j) pack.at[j] = from_float<T>(from[i + j]);
+        *reinterpret_cast<Pack<T, width>*>(to + i) = pack;
+    }
+}
+
+template <int LANES = WARP, class T>
+__device__ __forceinline__ T lanes_sum(T x) {
+#pragma unroll
+    for (int lane = LANES / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(ALL_LANES, x, lane, LANES);
+    return x;
+}
+
+// The sum over the block, in every thread; `slots` holds one element per warp. One barrier: the same slots may be used
+// again only after another barrier, so callers alternate between two sets.
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* slots) {
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    x = lanes_sum(x);
+    if (lane == 0) slots[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return lanes_sum(lane < warps ? slots[lane] : T{0});
+}
+
+#ifndef VAR_FAST_ON_HOST
+// Shared memory whose size the launch gives.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(16) unsigned char bytes[];
+    return bytes;
+}
+
+inline void check(cudaError_t error, const char* op) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+}
+
+// kernel<<<...>>>(arguments...), each argument converted to its parameter's type.
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared, void* stream,
+            Arguments... arguments) {
+    if (shared > 48 * 1024)  // more has to be asked for
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+    kernel<<<grid, static_cast<unsigned>(threads), shared, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<Parameters>(arguments)...);
+    check(cudaGetLastError(), op);
+}
+#endif
+
+// f(T{}) with the element type that `type` names.
+template <class F>
+void for_type(Type type, const F& f) {
+    if (type == Type::f32) return f(float{});
+    if (type == Type::bf16) return f(__nv_bfloat16{});
+    f(__half{});
+}
+
+inline void expect(bool holds, const char* op, const std::string& what) {
+    if (!holds) throw std::runtime_error(std::string(op) + ": expected " + what);
+}
+
+inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace var_fast::cuda

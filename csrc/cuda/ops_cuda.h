@@ -1,0 +1,60 @@
+// The CUDA operators: plain pointers to device memory, sizes, a stream (cudaStream_t). No torch, no CUDA header.
+//
+// None of them waits for the device or allocates, so a CUDA graph can capture them all; results do not depend on the
+// order in which blocks run, nor (bit for bit) on the number of images. A refused shape or a failed launch throws
+// std::runtime_error that names the operator. Arrays are contiguous and start at multiples of 16 bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace var_fast::cuda {
+
+// x (R, L, C) float32 in place: x += gate * branch (branch == nullptr: x stays); then y = LN(x) (1 + scale) + shift.
+// Image r takes row min(r, M - 1) of gate, scale and shift, float32, rows `stride` floats apart.
+// C a multiple of 8 up to 4608, stride a multiple of 4.
+void residual_adaln_modulate(float* x, const void* branch, Type branch_type, const float* gate, const float* scale,
+                             const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
+                             void* y, Type y_type, void* stream);
+
+// qkv (S, l, 3, H, D) -> q (R, l, H, D), and tokens [begin, begin + l) of the caches (R, H, capacity, D). Image r reads
+// source min(r, S - 1). scale_H != nullptr: q and k to unit length, q times scale_H[h]; q always times softmax_scale.
+// D a multiple of 8 up to 128.
+void qk_norm(const void* qkv, Type type, const float* scale_H, float softmax_scale, int64_t S, int64_t R, int64_t l,
+             int64_t H, int64_t D, void* q, void* k_cache, void* v_cache, int64_t begin, int64_t capacity,
+             void* stream);
+
+// softmax(q K^T) V over the first `length` tokens of the caches, out (R, l, H, D); D 32, 64, 96 or 128. Made for few
+// queries (l <= 64 or so): K and V are read once for every 16 or 32 of them.
+// scratch: scale_attention_scratch_bytes (0 where length <= 256), of any content.
+void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l,
+                     int64_t H, int64_t D, int64_t length, int64_t capacity, void* out, void* scratch, void* stream);
+int64_t scale_attention_scratch_bytes(int64_t R, int64_t l, int64_t H, int64_t D, int64_t length);
+
+// Draws one index per row of guided logits (B, l, V), V <= 16384; contract: var_fast/ops/sample_tokens.py, with u of
+// (seed of the image, TOKEN_STREAM, scale, token). Weights are whole multiples of 2^-49 of the largest, sums exact.
+// bad[scale * B + image] becomes 1 (and idx 0) where a logit of the image is not finite.
+void draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
+                 int64_t top_k, double top_p, int64_t* idx, int32_t* bad, void* stream);
+
+// idx (B, pn * pn), or codes (B, pn * pn, C) where idx == nullptr -> bicubic up to h x w -> phi -> added to f_hat
+// (B, C, h, w) -> area down to next_map (B, pn_next * pn_next, C), none where pn_next == 0.
+// phi(x) = (1 - ratio) x + ratio (conv3x3(x) + bias), weight (C, C, 3, 3); phi_weight == nullptr: phi(x) = x.
+// C (h + 2) w floats have to fit into shared memory, with some more: C 32, 32 x 32 does.
+void pyramid_update(const int64_t* idx, const float* codes, const float* codebook, const float* phi_weight,
+                    const float* phi_bias, float phi_ratio, float* f_hat, int64_t B, int64_t C, int64_t h, int64_t w,
+                    int64_t pn, int64_t pn_next, float* next_map, void* stream);
+
+// x (B, hw, C) -> y = GroupNorm(x) weight + bias, then SiLU(y) where `silu`. y may be x where their types are one.
+// scratch: group_norm_silu_scratch_bytes; zero before its first use (each call leaves it ready for the next one of the
+// same shape).
+void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
+                     int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, void* scratch,
+                     void* stream);
+int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t groups);
+
+// tanh-GELU of n elements in place.
+void gelu(void* x, Type type, int64_t n, void* stream);
+
+}  // namespace var_fast::cuda

@@ -1,0 +1,191 @@
+"""What every CUDA operator has to do, at any size: its float64 reference, on a GPU or on the CPU (tests/cuda/host.py).
+
+Each check makes its inputs from a seed, runs the operator through `ops`, and asserts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tests.cuda.operators import Operators
+from var_fast.engine.philox import uniforms
+from var_fast.ops.pyramid_update import pyramid_update_reference
+from var_fast.ops.sample_tokens import sample_tokens_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# ||out - ref|| / ||ref||: one rounding to the type, and float32 arithmetic before it
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+
+
+def assert_close(out: torch.Tensor, reference: torch.Tensor, bound: float):
+    out, reference = out.detach().cpu().double(), reference.detach().cpu().double()
+    assert out.shape == reference.shape
+    error = ((out - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+    assert error <= bound, f"relative error {error:.2e}, bound {bound:.0e}"  # NaN fails too
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def check_residual_adaln_modulate(ops: Operators, dtype, R, L, C, M, residual=True, branch_dtype=None, seed=0):
+    g, eps = generator(seed), 1e-6
+    x_RLC = torch.randn(R, L, C, generator=g) * 3 + torch.randn(R, L, 1, generator=g) * 5
+    branch_RLC = torch.randn(R, L, C, generator=g).to(branch_dtype or dtype) if residual else None
+    parameters = torch.randn(M, 6, C, generator=g)  # of both halves of a block, as the loop has them
+    placed = ops.place(parameters)
+    rows = torch.arange(R).clamp_max(M - 1)
+    gate, scale, shift = (parameters[rows, i].double().unsqueeze(1) for i in (1, 2, 5))
+    expected_x = x_RLC.double() + (gate * branch_RLC.double() if residual else 0)
+    expected = F.layer_norm(expected_x, (C,), eps=eps) * (1 + scale) + shift
+
+    x = ops.place(x_RLC)
+    branch = None if branch_RLC is None else ops.place(branch_RLC)
+    y = ops.residual_adaln_modulate(x, branch, placed[:, 1], placed[:, 2], placed[:, 5], 6 * C, eps, dtype)
+    assert_close(y, expected, BOUNDS[dtype])
+    if residual:
+        assert_close(x, expected_x, BOUNDS[torch.float32])
+    else:
+        assert torch.equal(x.cpu(), x_RLC)
+    return y
+
+
+def check_qk_norm(ops: Operators, dtype, S, R, l, H, D, begin, capacity, scaled=True, seed=0):
+    g = generator(seed)
+    qkv = torch.randn(S, l, 3, H, D, generator=g).to(dtype)
+    if scaled:
+        qkv[0, 0, :2, 0] = 0  # a vector without direction
+    scale_H = torch.rand(H, generator=g) * 9 + 1 if scaled else None
+    softmax_scale = 1.0 if scaled else D**-0.5
+    k_before, v_before = (torch.randn(R, H, capacity, D, generator=g).to(dtype) for _ in range(2))
+    q, k, v = qkv.double()[torch.arange(R).clamp_max(S - 1)].unbind(2)
+    if scaled:
+        q, k = F.normalize(q, dim=-1) * scale_H.double().view(-1, 1), F.normalize(k, dim=-1)
+    k_cache, v_cache = ops.place(k_before), ops.place(v_before)
+    out = ops.qk_norm(ops.place(qkv), None if scale_H is None else ops.place(scale_H), softmax_scale, R, k_cache, v_cache, begin)  # fmt: skip
+    assert_close(out, q * softmax_scale, BOUNDS[dtype])
+    expected_k, expected_v = k_before.double(), v_before.double()
+    expected_k[:, :, begin : begin + l] = k.transpose(1, 2)
+    expected_v[:, :, begin : begin + l] = v.transpose(1, 2)
+    assert_close(k_cache, expected_k, BOUNDS[dtype])
+    assert torch.equal(v_cache.cpu().double(), expected_v)
+    assert torch.equal(k_cache.cpu()[:, :, :begin], k_before[:, :, :begin])  # what was cached stays
+    assert torch.equal(k_cache.cpu()[:, :, begin + l :], k_before[:, :, begin + l :])
+
+
+def check_scale_attention(ops: Operators, dtype, R, l, H, D, length, capacity, sharpness=1.0, seed=0):
+    g = generator(seed)
+    q = (torch.randn(R, l, H, D, generator=g) * sharpness * D**-0.5).to(dtype)
+    caches = torch.randn(2, R, H, capacity, D, generator=g).to(dtype)
+    caches[:, :, :, length:] = float("nan")  # not there yet: must not be looked at
+    k, v = caches.double()[:, :, :, :length]
+    weights = (q.double().transpose(1, 2) @ k.transpose(-1, -2)).softmax(dim=-1)
+    out = ops.scale_attention(ops.place(q), ops.place(caches[0]), ops.place(caches[1]), length)
+    # weights are rounded to the type before the second product
+    assert_close(out, (weights @ v).transpose(1, 2), {**BOUNDS, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype])
+    return out
+
+
+def token_logits(kind: str, B, l, V, seed) -> torch.Tensor:
+    g = generator(seed)
+    logits = torch.randn(B, l, V, generator=g) * 3
+    if kind == "ties":  # as the head in bfloat16 makes them, and coarser
+        return logits.bfloat16().float() if seed % 2 else logits.round()
+    if kind == "equal":
+        return torch.full((B, l, V), float(seed % 7 - 3))
+    if kind == "wide":  # most weights underflow; some logits beyond float32's range of differences
+        return logits * torch.tensor([1e-38, 1.0, 200.0, 1e4, 1e37])[torch.randint(5, (B, l, V), generator=g)]
+    if kind == "outlier":
+        logits[..., 0] += 1e6
+        return logits * 1e-3
+    if kind == "zeros":  # of both signs
+        return torch.where(logits > 0, 0.0, -0.0)
+    if kind == "tiny":  # denormal differences
+        return (logits * 100).round() * 1.4e-45
+    assert kind == "normal"
+    return logits
+
+
+def check_draw_tokens(ops: Operators, B, l, V, top_k, top_p, kind="normal", scale=3, seed=0):
+    logits = token_logits(kind, B, l, V, seed)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator(seed + 1))
+    u = uniforms(seeds, 0, scale, l).squeeze(-1)
+    expected = sample_tokens_reference(logits.double(), None, 0.0, top_k, top_p, u)
+    bad = ops.place(torch.zeros(scale + 1, B, dtype=torch.int32))
+    idx = ops.draw_tokens(ops.place(logits), ops.place(seeds), scale, top_k, top_p, bad)
+    assert torch.equal(idx.cpu(), expected)
+    assert not bad.any()
+    return idx
+
+
+def check_draw_tokens_not_finite(ops: Operators, bad_value):
+    B, l, V, scale = 3, 2, 50, 1
+    logits = torch.randn(B, l, V, generator=generator(0))
+    logits[1, 1, 49] = bad_value
+    bad = ops.place(torch.zeros(scale + 2, B, dtype=torch.int32))
+    idx = ops.draw_tokens(ops.place(logits), ops.place(torch.arange(B)), scale, 10, 0.9, bad)
+    expected = torch.zeros(scale + 2, B, dtype=torch.int32)
+    expected[scale, 1] = 1
+    assert torch.equal(bad.cpu(), expected)
+    assert idx[1, 1] == 0 and (idx >= 0).all()
+
+
+def check_pyramid_update(ops: Operators, B, C, h, pn, pn_next, V=50, phi=True, codes=False, seed=0):
+    g = generator(seed)
+    codebook = torch.randn(V, C, generator=g)
+    idx = torch.randint(V, (B, pn * pn), generator=g)
+    weight, bias = torch.randn(C, C, 3, 3, generator=g) / (3 * C**0.5), torch.randn(C, generator=g)
+    ratio = 0.5 if phi else 0.0
+    f_hat = torch.randn(B, C, h, h, generator=g)
+    phi_double = (weight.double(), bias.double()) if phi else (None, None)
+    expected_f_hat = f_hat.double()
+    if codes:
+        mixture = torch.rand(B, pn * pn, V, generator=g).softmax(dim=-1) @ codebook * 5
+        expected = pyramid_update_reference(
+            torch.arange(B * pn * pn).view(B, -1), mixture.double().flatten(0, 1), *phi_double, ratio, expected_f_hat, pn,
+            max(pn_next, 1),
+        )  # fmt: skip
+    else:
+        expected = pyramid_update_reference(
+            idx, codebook.double(), *phi_double, ratio, expected_f_hat, pn, max(pn_next, 1)
+        )
+    f_hat = ops.place(f_hat)
+    next_map = ops.pyramid_update(
+        ops.place(mixture if codes else idx),
+        None if codes else ops.place(codebook),
+        ops.place(weight) if phi else None,
+        ops.place(bias) if phi else None,
+        ratio,
+        f_hat,
+        pn,
+        pn_next,
+    )
+    assert_close(f_hat, expected_f_hat, 1e-6)
+    if pn_next:
+        assert_close(next_map, expected.flatten(2).transpose(1, 2), 1e-6)
+    return next_map
+
+
+def check_group_norm_silu(ops: Operators, dtype, B, hw, C, groups, silu=True, y_dtype=None, mean=0.0, seed=0):
+    g = generator(seed)
+    x = (torch.randn(B, hw, C, generator=g) + mean).to(dtype)
+    weight, bias = torch.randn(2, C, generator=g)
+    y_dtype = y_dtype or dtype
+    expected = F.group_norm(x.double().transpose(1, 2), groups, weight.double(), bias.double(), 1e-6).transpose(1, 2)
+    if silu:
+        expected = F.silu(expected)
+    x, weight, bias = ops.place(x), ops.place(weight), ops.place(bias)
+    scratch = ops.group_norm_silu_scratch(x, groups)
+    y = ops.group_norm_silu(x, weight, bias, groups, 1e-6, silu, y_dtype, scratch)
+    # a mean far off costs digits of x - mean in float32
+    assert_close(y, expected, BOUNDS[y_dtype] + abs(mean) * 2e-7)
+    again = ops.group_norm_silu(x, weight, bias, groups, 1e-6, silu, y_dtype, scratch)
+    assert torch.equal(again, y)  # the scratch is as it was
+    return y
+
+
+def check_gelu(ops: Operators, dtype, n, seed=0):
+    x = (torch.randn(n, generator=generator(seed)) * 4).to(dtype)
+    expected = F.gelu(x.double(), approximate="tanh")
+    assert_close(ops.gelu(ops.place(x)), expected, BOUNDS[dtype])
