@@ -1,8 +1,9 @@
-"""Compiles every Triton kernel without a GPU and reads what it uses: python bench/compile_report.py.
+"""Compiles every Triton and CUDA kernel without a GPU and reads what it uses: python bench/compile_report.py.
 
 Every configuration that kernels/<operator>.py lists in `configurations()` is compiled for sm_80, sm_90 and sm_100, or
-for those of them that it names. The table shows registers a thread, stack (spills), shared memory and tensor-core
-instructions. Exit code 1 where a kernel spills, or where a matrix kernel has no tensor-core instruction.
+for those of them that it names; so is, where nvcc is found, every kernel of csrc/cuda (sm_90a in place of sm_90). The
+table shows registers a thread, stack (spills), shared memory (of CUDA kernels: what is known before the launch) and
+tensor-core instructions. Exit code 1 where a kernel spills, or where a matrix kernel has no tensor-core instruction.
 """
 
 from __future__ import annotations
@@ -91,15 +92,29 @@ def _take(jobs: list) -> None:
     _jobs[:] = jobs
 
 
-def _compile(number: int) -> Compiled:
-    return compile_one(*_jobs[number])
+def _compile(number: int) -> list[Compiled]:
+    function, *arguments = _jobs[number]
+    found = function(*arguments)
+    return found if isinstance(found, list) else [found]
+
+
+def compile_cuda_file(nvcc: str, source: Path, target: int) -> list[Compiled]:
+    """Every kernel of a .cu file. Raises RuntimeError with what nvcc says where it refuses."""
+    from bench.compile_cuda import compile_file
+
+    return [Compiled(**kernel) for kernel in compile_file(nvcc, source, target, str(_cuobjdump()))]
+
+
+def _cuobjdump() -> Path:
+    """The tool that Triton brings along."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def _read(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, disassembly), by the tool that Triton brings along."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """(resource usage, disassembly)."""
+    tool = _cuobjdump()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -125,24 +140,32 @@ def main(
     only: Annotated[str, typer.Option(help="Only configurations whose name holds this text.")] = "",
     targets: Annotated[str, typer.Option(help="Compute capabilities.")] = ",".join(map(str, TARGETS)),
 ) -> None:
-    """Compile every Triton kernel for every GPU generation, without a GPU, and show what it uses."""
+    """Compile every kernel for every GPU generation, without a GPU, and show what it uses."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Column, Table
 
+    from bench.compile_cuda import find_nvcc, sources
+
+    nvcc, files = find_nvcc(), sources(only)
     chosen = [configuration for configuration in all_configurations() if only in configuration.name]
     wanted = [int(text) for text in targets.split(",") if text.strip().isdigit() and int(text) in TARGETS]
-    if not chosen or not wanted:
+    if not (chosen or files) or not wanted:
         print(
             f"error: nothing to compile: no configuration named {only!r}, or targets {targets!r} unknown",
             file=sys.stderr,
         )
         raise typer.Exit(2)
     console = Console(stderr=True)
-    jobs = [(one, target) for one in chosen for target in wanted if target in one.targets]
+    jobs: list[tuple] = [(compile_one, one, target) for one in chosen for target in wanted if target in one.targets]
+    if nvcc is None and files:
+        console.print(f"nvcc is not found: the {len(files)} files of csrc/cuda are left out")
+    else:
+        jobs += [(compile_cuda_file, nvcc, file, target) for file in files for target in wanted]
     with ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_take, initargs=(jobs,)) as pool:
         running = pool.map(_compile, range(len(jobs)))
-        found = list(track(running, "compiling", len(jobs), console=console, disable=not console.is_terminal))
+        running = track(running, "compiling", len(jobs), console=console, disable=not console.is_terminal)
+        found = [one for several in running for one in several]
     table = Table(Column("kernel", overflow="fold"), "target", "regs", "stack", "shared", "mma", "problem", box=None)
     for one in found:
         numbers = (one.registers, one.stack, one.shared, one.tensor_core_instructions)
