@@ -1,9 +1,17 @@
-"""Builds csrc/ into var_fast._C; everything else about the package is in pyproject.toml."""
+"""Builds csrc/ into var_fast._C; everything else about the package is in pyproject.toml.
 
+The CUDA operators are built where nvcc is found and torch is a CUDA build; VAR_FAST_CUDA=1 asks for them with any torch
+(the module imports without a driver too), VAR_FAST_CUDA=0 leaves them out.
+"""
+
+import os
+import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -51,7 +59,68 @@ def torch_folder():
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
+def torch_has_cuda():
+    """Whether the environment's torch is a CUDA build, by its version.py: importing it would take seconds."""
+    folder = torch_folder()
+    if folder is None or not (folder / "version.py").exists():
+        return False
+    return re.search(r"^cuda\b[^=]*=\s*['\"]", (folder / "version.py").read_text(), re.M) is not None
+
+
+def find_nvcc():
+    """nvcc where the CUDA operators are to be built, else None."""
+    wanted = os.environ.get("VAR_FAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"var_fast: VAR_FAST_CUDA is {wanted!r}, expected 0, 1 or nothing")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = shutil.which(os.path.join(home, "bin", "nvcc")) or shutil.which("nvcc")
+    if wanted == "1" and nvcc is None:
+        sys.exit(f"var_fast: VAR_FAST_CUDA is 1, but nvcc is neither in {home}/bin nor on the PATH")
+    return nvcc if wanted == "1" or torch_has_cuda() else None
+
+
+def gpu_architectures(nvcc):
+    """Options for those of our GPU generations that this nvcc knows, and PTX for GPUs to come."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    generations = [number for number in ("80", "90", "100") if f"compute_{number}" in known]
+    exact = [number + "a" * (number == "90") for number in generations]  # 90a: H100's and H200's own
+    options = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in exact]
+    return [*options, f"-gencode=arch=compute_{generations[-1]},code=compute_{generations[-1]}"]
+
+
+def cudart_folder(nvcc):
+    """Where libcudart_static.a is: beside nvcc, by nvcc's own account (on the PATH it may be a mere script)."""
+    done = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", done.stderr, re.M)
+    root = Path(top[1]) if top else Path(nvcc).resolve().parents[1]
+    for pattern in ("lib64", "lib", "targets/*/lib"):
+        for folder in root.glob(pattern):
+            if (folder / "libcudart_static.a").exists():
+                return str(folder)
+    sys.exit(f"var_fast: libcudart_static.a is not found under {root}; VAR_FAST_CUDA=0 builds for the CPU only")
+
+
 class BuildExtension(build_ext):
+    def add_cuda(self, nvcc):
+        """Compile csrc/cuda, all files at a time, and link it in."""
+        extension = self.extensions[0]
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *gpu_architectures(nvcc)]
+        sources = sorted(glob("csrc/cuda/*.cu"))
+        objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
+        commands = [[nvcc, *options, "-c", source, "-o", to] for source, to in zip(sources, objects)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for command, done in zip(commands, pool.map(subprocess.run, commands)):
+                if done.returncode != 0:
+                    sys.exit(f"var_fast: nvcc failed (VAR_FAST_CUDA=0 builds for the CPU only): {' '.join(command)}")
+        extension.extra_objects = [*extension.extra_objects, *objects]
+        extension.define_macros = [*extension.define_macros, ("VAR_FAST_WITH_CUDA", None)]
+        # static: no version of the CUDA runtime is needed, and without a driver the module still imports
+        extension.extra_link_args += [f"-L{cudart_folder(nvcc)}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+
     def build_extensions(self):
         folder = torch_folder()
         if folder is None or not (folder / "include" / "ATen").is_dir():
@@ -71,7 +140,15 @@ class BuildExtension(build_ext):
                     f"var_fast: no C++ compiler found (looked for {program!r}); "
                     "run: apt-get install g++ (or set CC and CXX) and try again"
                 )
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            self.add_cuda(nvcc)
+        # an older build may be newer than all files, but without the CUDA operators
+        record = Path(self.build_temp) / "built_with"
+        self.force = self.force or not record.exists() or record.read_text() != str(nvcc)
         super().build_extensions()
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(str(nvcc))
 
 
 check_torch()
@@ -81,7 +158,7 @@ setup(
         Pybind11Extension(
             "var_fast._C",
             sources=[*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
+            depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.*")),
             cxx_std=17,
             # no note on passing wide vectors between functions (they are inlined);
             # no contraction to fused multiply-add: products round as they do in the PyTorch references
