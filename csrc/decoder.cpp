@@ -88,7 +88,12 @@ private:
         const Type type = element_type(x);
         if (place_.cuda) {
 #ifdef VAR_FAST_WITH_CUDA
-            cuda_norm(x, layer, silu, y);
+            // zero where it is new; every call leaves it as the next one needs it
+            const int64_t bytes = cuda::group_norm_silu_scratch_bytes(B, h * w, C, layer.groups);
+            if (!scratch_.defined() || scratch_.numel() < bytes) scratch_ = at::zeros({bytes}, x.options().dtype(at::kByte));
+            cuda::group_norm_silu(x.const_data_ptr(), type, layer.weight_C.const_data_ptr<float>(),
+                                  layer.bias_C.const_data_ptr<float>(), B, h * w, C, layer.groups, layer.eps, silu,
+                                  y.mutable_data_ptr(), type, scratch_.mutable_data_ptr(), place_.stream);
 #endif
         } else {
             cpu::group_norm_silu(x.const_data_ptr(), type, layer.weight_C.const_data_ptr<float>(),
@@ -158,7 +163,7 @@ private:
 
     const Decoder& decoder_;
     const Place& place_;
-    at::Tensor buffer_, packed_;
+    at::Tensor buffer_, packed_, scratch_;
 };
 
 }  // namespace

@@ -171,6 +171,17 @@ at::Tensor SamplingRun::attend(int64_t block, int64_t images) {
                              length, total, attended_NC.mutable_data_ptr(), place_.threads);
         return attended_NC;
     }
+#ifdef VAR_FAST_WITH_CUDA
+    // few queries: reading K and V is all the work, and the library's kernel has too few blocks for that
+    if (l <= 64 && D % 32 == 0 && D <= 128) {
+        const at::Tensor attended_NC = rows_of(attended_, images * l, m.C);
+        const int64_t bytes = cuda::scale_attention_scratch_bytes(images, l, m.H, D, length);
+        const at::Tensor scratch = at::empty({bytes}, q_.options());
+        cuda::scale_attention(pointer(q_), pointer(k_cache_[block]), pointer(v_cache_[block]), m.type, images, l, m.H, D,
+                              length, total, attended_NC.mutable_data_ptr(), scratch.mutable_data_ptr(), place_.stream);
+        return attended_NC;
+    }
+#endif
     const auto view = [&](const at::Tensor& bytes, at::IntArrayRef shape) {
         return bytes.view(scalar_type(m.type)).narrow(0, 0, c10::multiply_integers(shape)).view(shape);
     };
