@@ -26,23 +26,22 @@ struct At {
 inline void bind_cuda(pybind11::module_& m) {
     using Size = int64_t;
     m.def("cuda_residual_adaln_modulate",
-          [](Address x, Address branch, int branch_type, Address gate, Address scale, Address shift, Size stride, Size M,
-             Size R, Size L, Size C, float eps, Address y, int y_type, Address stream) {
-              cuda::residual_adaln_modulate(At{x}, At{branch}, Type(branch_type), At{gate}, At{scale}, At{shift}, stride,
-                                            M, R, L, C, eps, At{y}, Type(y_type), At{stream});
+          [](Address x, Address branch, int branch_type, Address gate, Address scale, Address shift, Size stride,
+             Size M, Size R, Size L, Size C, float eps, Address y, int y_type, Address stream) {
+              cuda::residual_adaln_modulate(At{x}, At{branch}, Type(branch_type), At{gate}, At{scale}, At{shift},
+                                            stride, M, R, L, C, eps, At{y}, Type(y_type), At{stream});
           });
-    m.def("cuda_qk_norm", [](Address qkv, int type, Address scale_H, float softmax_scale, Size S, Size R, Size l, Size H,
-                             Size D, Address q, Address k_cache, Address v_cache, Size begin, Size capacity,
-                             Address stream) {
-        cuda::qk_norm(At{qkv}, Type(type), At{scale_H}, softmax_scale, S, R, l, H, D, At{q}, At{k_cache}, At{v_cache},
-                      begin, capacity, At{stream});
+    m.def("cuda_qk_norm",
+          [](Address qkv, int type, Address scale_H, float softmax_scale, Size S, Size R, Size l, Size H, Size D,
+             Address q, Address k_cache, Address v_cache, Size begin, Size capacity, Address stream) {
+              cuda::qk_norm(At{qkv}, Type(type), At{scale_H}, softmax_scale, S, R, l, H, D, At{q}, At{k_cache},
+                            At{v_cache}, begin, capacity, At{stream});
+          });
+    m.def("cuda_scale_attention", [](Address q, Address k_cache, Address v_cache, int type, Size R, Size l, Size H,
+                                     Size D, Size length, Size capacity, Address out, Address scratch, Address stream) {
+        cuda::scale_attention(At{q}, At{k_cache}, At{v_cache}, Type(type), R, l, H, D, length, capacity, At{out},
+                              At{scratch}, At{stream});
     });
-    m.def("cuda_scale_attention",
-          [](Address q, Address k_cache, Address v_cache, int type, Size R, Size l, Size H, Size D, Size length,
-             Size capacity, Address out, Address scratch, Address stream) {
-              cuda::scale_attention(At{q}, At{k_cache}, At{v_cache}, Type(type), R, l, H, D, length, capacity, At{out},
-                                    At{scratch}, At{stream});
-          });
     m.def("cuda_scale_attention_scratch_bytes", &cuda::scale_attention_scratch_bytes);
     m.def("cuda_draw_tokens", [](Address logits, Address seeds, Size scale, Size B, Size l, Size V, Size top_k,
                                  double top_p, Address idx, Address bad, Address stream) {
@@ -61,9 +60,8 @@ inline void bind_cuda(pybind11::module_& m) {
                                     Type(y_type), At{scratch}, At{stream});
           });
     m.def("cuda_group_norm_silu_scratch_bytes", &cuda::group_norm_silu_scratch_bytes);
-    m.def("cuda_gelu", [](Address x, int type, Size n, Address stream) {
-        cuda::gelu(At{x}, Type(type), n, At{stream});
-    });
+    m.def("cuda_gelu",
+          [](Address x, int type, Size n, Address stream) { cuda::gelu(At{x}, Type(type), n, At{stream}); });
 }
 
 }  // namespace var_fast

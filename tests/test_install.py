@@ -133,3 +133,47 @@ def test_make_uses_the_active_environment(active, used, tmp_path):
     assert run.returncode == 0, run.stderr
     assert f"{used or tmp_path / '.venv'}/bin/var-fast sample --model demo --labels " in run.stdout
     assert ("-m venv" in run.stdout) == (not active)
+
+
+@pytest.mark.parametrize(
+    "version, wanted, built",
+    [
+        ("cuda: Optional[str] = '13.0'", None, True),
+        ("cuda = '12.8'", None, True),
+        ("cuda: Optional[str] = None", None, False),
+        ("cuda: Optional[str] = None", "1", True),
+        ("cuda: Optional[str] = '13.0'", "0", False),
+    ],
+)
+def test_cuda_operators_are_built_with_torchs_cuda(setup_py, monkeypatch, tmp_path, version, wanted, built):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{version}\nhip: Optional[str] = '6'\n")
+    names = setup_py["find_nvcc"].__globals__
+    monkeypatch.setitem(names, "environment_paths", lambda: [str(tmp_path)])
+    monkeypatch.setattr(shutil, "which", lambda program: f"/found/{program}")
+    monkeypatch.delenv("VAR_FAST_CUDA", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("VAR_FAST_CUDA", wanted)
+    assert (setup_py["find_nvcc"]() is not None) is built
+
+
+def test_cuda_asked_for_without_nvcc(setup_py, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    monkeypatch.setenv("VAR_FAST_CUDA", "1")
+    with pytest.raises(SystemExit, match="nvcc is neither in .*/bin nor on the PATH"):
+        setup_py["find_nvcc"]()
+    monkeypatch.setenv("VAR_FAST_CUDA", "yes")
+    with pytest.raises(SystemExit, match="VAR_FAST_CUDA is 'yes', expected"):
+        setup_py["find_nvcc"]()
+
+
+def test_gpu_generations_that_an_old_nvcc_knows(setup_py, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80\necho compute_90\n")
+    nvcc.chmod(0o755)
+    assert setup_py["gpu_architectures"](str(nvcc)) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]

@@ -13,9 +13,9 @@ constexpr int MOST_THREADS = 576;  // 8 channels each
 // A block takes `rows` rows of one image in turn, and reads the image's parameters once.
 template <class Branch, bool has_branch, class Y>
 __global__ void __launch_bounds__(MOST_THREADS)
-    adaln_kernel(float* __restrict__ x, const Branch* __restrict__ branch, const float* __restrict__ gate,
-                 const float* __restrict__ scale, const float* __restrict__ shift, int64_t stride, int M, int L, int C,
-                 int rows, float eps, Y* __restrict__ y) {
+adaln_kernel(float* __restrict__ x, const Branch* __restrict__ branch, const float* __restrict__ gate,
+             const float* __restrict__ scale, const float* __restrict__ shift, int64_t stride, int M, int L, int C,
+             int rows, float eps, Y* __restrict__ y) {
     __shared__ float sums[WARP], squares[WARP];
     const int image = blockIdx.y, half = C / 2, channel = threadIdx.x * 4;
     const bool active = channel < half;
@@ -81,7 +81,7 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
     expect(M > 0 && R <= 65535, OP, "M > 0 and R <= 65535");
     if (R * L == 0) return;
     const int64_t threads = ceil_div(C / 8, WARP) * WARP;
-    const int64_t rows = std::clamp<int64_t>(R * L / 2048, 1, 8);  // no more than leave every multiprocessor enough blocks
+    const int64_t rows = std::clamp<int64_t>(R * L / 2048, 1, 8);  // and every multiprocessor has enough blocks
     for_type(y_type, [&](auto y_element) {
         using Y = decltype(y_element);
         const auto run = [&](auto kernel, auto* typed_branch) {

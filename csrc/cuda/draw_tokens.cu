@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* OP = "draw_tokens";
 constexpr int THREADS = 512, WARPS = THREADS / WARP;
-constexpr int BINS = 256;   // at most THREADS
+constexpr int BINS = 256;    // at most THREADS
 constexpr int LISTED = 512;  // logits of a bin that are compared pair by pair, at most THREADS
 constexpr int INDEX_BITS = 14, MOST_CODES = 1 << INDEX_BITS;
 constexpr int INDEX_MASK = MOST_CODES - 1;
@@ -118,7 +118,8 @@ __device__ Crossing find_crossing(Shared& s, int n, const Logit& logit, const Me
             if constexpr (weighted) {
                 const Measure m = measure(i);
                 for (int limb = 0; limb < LIMBS; ++limb)
-                    atomicAdd(&s.histogram[limb][bin], static_cast<unsigned>(m >> limb * LIMB_BITS) & ((1u << LIMB_BITS) - 1));
+                    atomicAdd(&s.histogram[limb][bin],
+                              static_cast<unsigned>(m >> limb * LIMB_BITS) & ((1u << LIMB_BITS) - 1));
             } else {
                 atomicAdd(&s.histogram[0][bin], 1u);
             }
@@ -157,12 +158,16 @@ __device__ Crossing find_crossing(Shared& s, int n, const Logit& logit, const Me
             if (thread < listed) {
                 const float x = s.listed[thread];
                 Measure smaller = below, equal = 0;
+                bool first = true;  // of those that tie: one thread is to write
                 for (int i = 0; i < listed; ++i) {
                     const Measure m = weighted ? s.listed_measures[i] : 1;
                     if (s.listed[i] < x) smaller += m;
-                    if (s.listed[i] == x) equal += m;
+                    if (s.listed[i] == x) {
+                        equal += m;
+                        first = first && i >= thread;
+                    }
                 }
-                if (smaller <= target && target < smaller + equal) {  // of all that tie at t: they write the same
+                if (first && smaller <= target && target < smaller + equal) {
                     s.value = x;
                     s.below = smaller;
                 }
@@ -180,8 +185,8 @@ __device__ Crossing find_crossing(Shared& s, int n, const Logit& logit, const Me
 }
 
 __global__ void __launch_bounds__(THREADS)
-    draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds, int scale, int B, int l, int V,
-                int top_k, double droppable, int64_t* __restrict__ idx, int* __restrict__ bad) {
+draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds, int scale, int B, int l, int V,
+            int top_k, double droppable, int64_t* __restrict__ idx, int* __restrict__ bad) {
     Shared& s = *reinterpret_cast<Shared*>(dynamic_shared());
     Measure* const kept = reinterpret_cast<Measure*>(dynamic_shared() + sizeof(Shared));  // weight, index; index order
     float* const row = reinterpret_cast<float*>(kept + V);
@@ -300,7 +305,7 @@ __global__ void __launch_bounds__(THREADS)
         if (other == warp) running = left;
         left += s.warps[1][other];
     }
-    const Measure u = token_bits(seeds[image], scale, token);  // times 2^-24
+    const Measure u = philox_block(seeds[image], TOKEN_STREAM, scale, token, 0).word[0] >> 8;  // times 2^-24
     const Measure threshold = (left >> 24) * u + ((left & 0xffffff) * u >> 24);
     if (running > threshold || running + sum <= threshold) return;
     for (int i = from + lane;; i += WARP) {

@@ -11,7 +11,8 @@ __device__ __forceinline__ float gelu_of(float x) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) gelu_kernel(T* x, int64_t n) {
+__global__ void __launch_bounds__(256)
+gelu_kernel(T* x, int64_t n) {
     constexpr int N = per_load<T>;
     const int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
     if (at + N <= n) {

@@ -35,8 +35,8 @@ int64_t most_parts(int64_t hw, int64_t C) {
 // costs the variance no digits. The last block of an image to finish turns the parts' sums into mean and 1 / deviation.
 template <class X, int N>
 __global__ void __launch_bounds__(MOST_COLUMNS)
-    statistics_kernel(const X* __restrict__ x, int64_t hw, int C, int groups, int columns, int rows, int64_t part,
-                      float eps, float2* partial, float2* __restrict__ statistics, unsigned* finished) {
+statistics_kernel(const X* __restrict__ x, int64_t hw, int C, int groups, int columns, int rows, int64_t part,
+                  float eps, float2* partial, float2* __restrict__ statistics, unsigned* finished) {
     float* const sums = reinterpret_cast<float*>(dynamic_shared());  // (rows, 2, C)
     __shared__ bool last;
     const int row = threadIdx.x / columns, channel = threadIdx.x % columns * N, group_size = C / groups;
@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(MOST_COLUMNS)
 
 template <class X, class Y, int N, bool silu>
 __global__ void __launch_bounds__(MOST_COLUMNS)
-    apply_kernel(const X* x, const float* __restrict__ weight, const float* __restrict__ bias,
-                 const float2* __restrict__ statistics, int64_t hw, int C, int groups, int columns, int rows,
-                 int64_t part, Y* y) {
+apply_kernel(const X* x, const float* __restrict__ weight, const float* __restrict__ bias,
+             const float2* __restrict__ statistics, int64_t hw, int C, int groups, int columns, int rows, int64_t part,
+             Y* y) {
     const int row = threadIdx.x / columns, channel = threadIdx.x % columns * N, group_size = C / groups;
     const int64_t image = blockIdx.y;
     if (row >= rows) return;

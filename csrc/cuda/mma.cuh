@@ -8,7 +8,8 @@
 namespace var_fast::cuda {
 
 #ifndef VAR_FAST_ON_HOST
-// c (16 x 8, float32) += a (16 x 16) b (16 x 8), elements of T. With g = lane / 4, j = lane % 4 a lane holds, two to a word,
+// c (16 x 8, float32) += a (16 x 16) b (16 x 8), elements of T. With g = lane / 4, j = lane % 4 a lane holds, two to a
+// word,
 //   a: rows g, g + 8 of columns 2j, 2j + 1, then the same rows of columns 2j + 8, 2j + 9;
 //   b: rows 2j, 2j + 1, then 2j + 8, 2j + 9 of column g;     c: columns 2j, 2j + 1 of row g, then of row g + 8.
 template <class T>

@@ -34,6 +34,7 @@ int64_t scale_attention_scratch_bytes(int64_t R, int64_t l, int64_t H, int64_t D
 
 // Draws one index per row of guided logits (B, l, V), V <= 16384; contract: var_fast/ops/sample_tokens.py, with u of
 // (seed of the image, TOKEN_STREAM, scale, token). Weights are whole multiples of 2^-49 of the largest, sums exact.
+// (V above 12800 takes more shared memory than sm_80 has.)
 // bad[scale * B + image] becomes 1 (and idx 0) where a logit of the image is not finite.
 void draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
                  int64_t top_k, double top_p, int64_t* idx, int32_t* bad, void* stream);
@@ -47,8 +48,8 @@ void pyramid_update(const int64_t* idx, const float* codes, const float* codeboo
                     int64_t pn, int64_t pn_next, float* next_map, void* stream);
 
 // x (B, hw, C) -> y = GroupNorm(x) weight + bias, then SiLU(y) where `silu`. y may be x where their types are one.
-// scratch: group_norm_silu_scratch_bytes; zero before its first use (each call leaves it ready for the next one of the
-// same shape).
+// C / 8 (float32: C / 4) at most 512. scratch: group_norm_silu_scratch_bytes; zero before its first use (each call
+// leaves it ready for the next one with as many images).
 void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
                      int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, void* scratch,
                      void* stream);

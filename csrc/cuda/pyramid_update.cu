@@ -9,8 +9,9 @@ namespace {
 
 constexpr const char* OP = "pyramid_update";
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
-constexpr int OUT = 4;                        // channels of a block
-constexpr int64_t STAGED_BYTES = 100 * 1024;  // more shared memory leaves a multiprocessor one block: then codes are not staged
+constexpr int OUT = 4;  // channels of a block
+// More shared memory would leave a multiprocessor one block; then codes are read from where they are.
+constexpr int64_t STAGED_BYTES = 100 * 1024;
 
 // Four neighbours in a line and their weights.
 struct Taps {
@@ -54,7 +55,8 @@ struct Arguments {
 };
 
 template <bool has_phi, bool staged>
-__global__ void __launch_bounds__(THREADS) pyramid_kernel(Arguments a) {
+__global__ void __launch_bounds__(THREADS)
+pyramid_kernel(Arguments a) {
     unsigned char* const shared = dynamic_shared();
     float* const weights = reinterpret_cast<float*>(shared + a.layout.weights);  // (C, 9, OUT)
     float* const up = reinterpret_cast<float*>(shared + a.layout.up);            // (C, h + 2, w), zero rows around
@@ -67,8 +69,7 @@ __global__ void __launch_bounds__(THREADS) pyramid_kernel(Arguments a) {
     const int first = blockIdx.x * OUT;
     const int64_t image = blockIdx.y;
 
-    for (int i = thread; i < h + w; i += THREADS)
-        taps[i] = i < h ? bicubic_taps(i, h, pn) : bicubic_taps(i - h, w, pn);
+    for (int i = thread; i < h + w; i += THREADS) taps[i] = i < h ? bicubic_taps(i, h, pn) : bicubic_taps(i - h, w, pn);
     for (int i = thread; i < pn * pn; i += THREADS)
         rows[i] = a.idx != nullptr ? static_cast<int>(a.idx[image * pn * pn + i]) * C : i * C;
     if constexpr (has_phi)
@@ -76,8 +77,7 @@ __global__ void __launch_bounds__(THREADS) pyramid_kernel(Arguments a) {
             const int out = i / (C * 9), rest = i % (C * 9);
             weights[rest * OUT + out] = first + out < C ? a.phi_weight[int64_t{first + out} * C * 9 + rest] : 0.0f;
         }
-    for (int i = thread; i < C * 2 * w; i += THREADS)
-        up[i / (2 * w) * plane + (i / w % 2) * (h + 1) * w + i % w] = 0;
+    for (int i = thread; i < C * 2 * w; i += THREADS) up[i / (2 * w) * plane + (i / w % 2) * (h + 1) * w + i % w] = 0;
     __syncthreads();
 
     const float* const table = a.idx != nullptr ? a.codebook : a.codes + image * pn * pn * C;
@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(THREADS) pyramid_kernel(Arguments a) {
                                              has_right ? top[ky * w + 1] : 0.0f};
 #pragma unroll
                     for (int kx = 0; kx < 3; ++kx) {
-                        const float4 weight =
-                            *reinterpret_cast<const float4*>(weights + ((c * 3 + ky) * 3 + kx) * OUT);
+                        const float4 weight = *reinterpret_cast<const float4*>(weights + ((c * 3 + ky) * 3 + kx) * OUT);
                         conv[0] += values[kx] * weight.x;
                         conv[1] += values[kx] * weight.y;
                         conv[2] += values[kx] * weight.z;
@@ -190,9 +189,20 @@ void pyramid_update(const int64_t* idx, const float* codes, const float* codeboo
     if (B == 0) return;
     const bool staged = Layout(C, h, w, pn, true).end <= STAGED_BYTES;
     const Layout layout(C, h, w, pn, staged);
-    const Arguments arguments{idx, codes, codebook, phi_weight, phi_bias, phi_ratio, f_hat, static_cast<int>(C),
-                              static_cast<int>(h), static_cast<int>(w), static_cast<int>(pn), static_cast<int>(pn_next),
-                              next_map, layout};
+    const Arguments arguments{idx,
+                              codes,
+                              codebook,
+                              phi_weight,
+                              phi_bias,
+                              phi_ratio,
+                              f_hat,
+                              static_cast<int>(C),
+                              static_cast<int>(h),
+                              static_cast<int>(w),
+                              static_cast<int>(pn),
+                              static_cast<int>(pn_next),
+                              next_map,
+                              layout};
     const auto run = [&](auto kernel) {
         launch(OP, kernel, grid_of(ceil_div(C, OUT), B), THREADS, layout.end, stream, arguments);
     };

@@ -17,9 +17,9 @@ __device__ __forceinline__ float square_sum(const float (&x)[N]) {
 // LANES lanes share one head of one token, 16 bytes of q, k and v each.
 template <class T, int LANES>
 __global__ void __launch_bounds__(256)
-    qk_norm_kernel(const T* __restrict__ qkv, const float* __restrict__ scale_H, float softmax_scale, int S, int64_t R,
-                   int64_t l, int H, int D, T* __restrict__ q, T* __restrict__ k_cache, T* __restrict__ v_cache,
-                   int64_t begin, int64_t capacity) {
+qk_norm_kernel(const T* __restrict__ qkv, const float* __restrict__ scale_H, float softmax_scale, int S, int64_t R,
+               int64_t l, int H, int D, T* __restrict__ q, T* __restrict__ k_cache, T* __restrict__ v_cache,
+               int64_t begin, int64_t capacity) {
     constexpr int N = per_load<T>;
     const int64_t item = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / LANES;  // (image, token, head)
     const int d = threadIdx.x % LANES * N;

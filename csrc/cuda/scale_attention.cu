@@ -11,17 +11,17 @@ namespace var_fast::cuda {
 namespace {
 
 constexpr const char* OP = "scale_attention";
-constexpr int TILE = 16;          // queries
-constexpr int SPLIT = 256;        // keys of a block
+constexpr int TILE = 16;           // queries
+constexpr int SPLIT = 256;         // keys of a block
 constexpr float NOTHING = -1e30f;  // the largest score of no keys: finite, so that differences are no NaN
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Where the parts of a split row go: sums (R H, splits, l, D), then the largest score and the weight (R H, splits, l, 2).
+// Where the parts of split rows go: sums (R H, splits, l, D), and largest score and weight (R H, splits, l, 2).
 struct Partial {
     float *sums, *norms;
 };
 
-// ----------------------------------------------------------------------------------------------- float16 and bfloat16
+// ------------------------------------------------------------------------------------------------ float16 and bfloat16
 constexpr int KEY_WARPS = 4;
 
 // 16 bytes of row `row` from element `at` on, zero beyond the last row.
@@ -37,10 +37,10 @@ __device__ __forceinline__ uint4 row_words(const T* rows, int row, int end, int 
 //   same column of WIDTH tiles.
 template <class T, int D>
 struct Tile {
-    static constexpr int CHUNKS = D / 32;                   // of 32 elements, in the scores
-    static constexpr int WIDTH = D % 64 == 0 ? 8 : 4;       // elements of V in one load
-    static constexpr int OUTPUTS = D / 8;                   // output tiles
-    static constexpr int STATE = OUTPUTS * 4 + 4;           // floats of a lane in a merge
+    static constexpr int CHUNKS = D / 32;              // of 32 elements, in the scores
+    static constexpr int WIDTH = D % 64 == 0 ? 8 : 4;  // elements of V in one load
+    static constexpr int OUTPUTS = D / 8;              // output tiles
+    static constexpr int STATE = OUTPUTS * 4 + 4;      // floats of a lane in a merge
 
     uint4 query[2][CHUNKS];
     float sums[OUTPUTS][4] = {};
@@ -54,7 +54,8 @@ struct Tile {
             for (int c = 0; c < CHUNKS; ++c) key_words[n][c] = row_words<D>(keys, key + n * 8 + g, end, c * 32 + j * 8);
         uint32_t value_words[4][D / 16];
 #pragma unroll
-        for (int row = 0; row < 4; ++row) load_values(values, key + row / 2 * 8 + 2 * j + row % 2, end, g, value_words[row]);
+        for (int row = 0; row < 4; ++row)
+            load_values(values, key + row / 2 * 8 + 2 * j + row % 2, end, g, value_words[row]);
 
         float scores[2][4] = {};
 #pragma unroll
@@ -111,12 +112,14 @@ struct Tile {
         }
     }
 
-    static __device__ __forceinline__ void load_values(const T* values, int row, int end, int g, uint32_t (&words)[D / 16]) {
+    static __device__ __forceinline__ void load_values(const T* values, int row, int end, int g,
+                                                       uint32_t (&words)[D / 16]) {
 #pragma unroll
         for (int c = 0; c < D / (8 * WIDTH); ++c) {
             Pack<uint32_t, WIDTH / 2> pack{};
             if (row < end)
-                pack = *reinterpret_cast<const Pack<uint32_t, WIDTH / 2>*>(values + int64_t{row} * D + c * 8 * WIDTH + g * WIDTH);
+                pack = *reinterpret_cast<const Pack<uint32_t, WIDTH / 2>*>(values + int64_t{row} * D + c * 8 * WIDTH +
+                                                                           g * WIDTH);
 #pragma unroll
             for (int i = 0; i < WIDTH / 2; ++i) words[c * WIDTH / 2 + i] = pack.at[i];
         }
@@ -168,8 +171,8 @@ struct Tile {
 // Warp w takes query tile w % tiles of the block's and steps w / tiles, + 4, + 8 ... of the split's keys.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * KEY_WARPS * WARP)
-    attention_mma(const T* __restrict__ q, const T* __restrict__ k_cache, const T* __restrict__ v_cache, int l, int H,
-                  int length, int64_t capacity, int tiles, int splits, Partial partial, T* __restrict__ out) {
+attention_mma(const T* __restrict__ q, const T* __restrict__ k_cache, const T* __restrict__ v_cache, int l, int H,
+              int length, int64_t capacity, int tiles, int splits, Partial partial, T* __restrict__ out) {
     using State = Tile<T, D>;
     constexpr int WIDTH = State::WIDTH;
     float* const slots = reinterpret_cast<float*>(dynamic_shared());
@@ -228,15 +231,15 @@ __global__ void __launch_bounds__(2 * KEY_WARPS * WARP)
     }
 }
 
-// -------------------------------------------------------------------------------------------------------------- float32
+// ------------------------------------------------------------------------------------------------------------- float32
 constexpr int KEYS = 32;  // of one step
 
 // 128 threads: eight to a query. For the scores a thread takes every eighth key, for the sums every eighth four of D.
 // Rows of shared memory are four floats apart in banks, so that eight rows of 16 bytes are read at once.
 template <int D>
 __global__ void __launch_bounds__(128, 4)
-    attention_f32(const float* __restrict__ q, const float* __restrict__ k_cache, const float* __restrict__ v_cache,
-                  int l, int H, int length, int64_t capacity, int splits, Partial partial, float* __restrict__ out) {
+attention_f32(const float* __restrict__ q, const float* __restrict__ k_cache, const float* __restrict__ v_cache, int l,
+              int H, int length, int64_t capacity, int splits, Partial partial, float* __restrict__ out) {
     constexpr int ROW = D + 4, SCORE_ROW = KEYS + 4;
     float* const queries = reinterpret_cast<float*>(dynamic_shared());
     float* const keys = queries + TILE * ROW;
@@ -320,19 +323,19 @@ __global__ void __launch_bounds__(128, 4)
     float* const to = splits == 1 ? out + ((image * l + query) * H + head) * D : partial.sums + part_row * D;
 #pragma unroll
     for (int c = 0; c < D / 32; ++c)
-        *reinterpret_cast<float4*>(to + c * 32 + eighth * 4) =
-            make_float4(sums[c * 4] * factor, sums[c * 4 + 1] * factor, sums[c * 4 + 2] * factor, sums[c * 4 + 3] * factor);
+        *reinterpret_cast<float4*>(to + c * 32 + eighth * 4) = make_float4(
+            sums[c * 4] * factor, sums[c * 4 + 1] * factor, sums[c * 4 + 2] * factor, sums[c * 4 + 3] * factor);
     if (splits > 1 && eighth == 0) {
         partial.norms[part_row * 2] = largest;
         partial.norms[part_row * 2 + 1] = weight;
     }
 }
 
-// --------------------------------------------------------------------------------------------------------- joining splits
+// ------------------------------------------------------------------------------------------------------ joining splits
 // One warp per query and head.
 template <class T>
 __global__ void __launch_bounds__(128)
-    join_splits(Partial partial, int64_t rows, int l, int H, int D, int splits, T* __restrict__ out) {
+join_splits(Partial partial, int64_t rows, int l, int H, int D, int splits, T* __restrict__ out) {
     const int64_t item = int64_t{blockIdx.x} * 4 + threadIdx.x / WARP;  // (image, head, query)
     if (item >= rows) return;
     const int lane = threadIdx.x % WARP;

@@ -38,8 +38,8 @@ const char* qk_norm(const void* qkv, int64_t type, const float* scale_H, double 
                     int64_t l, int64_t H, int64_t D, void* q, void* k_cache, void* v_cache, int64_t begin,
                     int64_t capacity) {
     return message_of([&] {
-        cuda::qk_norm(qkv, Type(type), scale_H, static_cast<float>(softmax_scale), S, R, l, H, D, q, k_cache, v_cache, begin, capacity,
-                      nullptr);
+        cuda::qk_norm(qkv, Type(type), scale_H, static_cast<float>(softmax_scale), S, R, l, H, D, q, k_cache, v_cache,
+                      begin, capacity, nullptr);
     });
 }
 
@@ -63,13 +63,14 @@ const char* pyramid_update(const int64_t* idx, const float* codes, const float* 
                            const float* phi_bias, double phi_ratio, float* f_hat, int64_t B, int64_t C, int64_t h,
                            int64_t w, int64_t pn, int64_t pn_next, float* next_map) {
     return message_of([&] {
-        cuda::pyramid_update(idx, codes, codebook, phi_weight, phi_bias, static_cast<float>(phi_ratio), f_hat, B, C, h, w, pn, pn_next,
-                             next_map, nullptr);
+        cuda::pyramid_update(idx, codes, codebook, phi_weight, phi_bias, static_cast<float>(phi_ratio), f_hat, B, C, h,
+                             w, pn, pn_next, next_map, nullptr);
     });
 }
 
-const char* group_norm_silu(const void* x, int64_t x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
-                            int64_t C, int64_t groups, double eps, int64_t silu, void* y, int64_t y_type, void* scratch) {
+const char* group_norm_silu(const void* x, int64_t x_type, const float* weight, const float* bias, int64_t B,
+                            int64_t hw, int64_t C, int64_t groups, double eps, int64_t silu, void* y, int64_t y_type,
+                            void* scratch) {
     return message_of([&] {
         cuda::group_norm_silu(x, Type(x_type), weight, bias, B, hw, C, groups, eps, silu != 0, y, Type(y_type), scratch,
                               nullptr);

@@ -16,7 +16,7 @@ from tests.cuda.operators import Operators
 HERE = Path(__file__).parent
 KERNELS = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Werror")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas")
 
 
 def build(folder: Path) -> HostOperators:

@@ -17,7 +17,7 @@
 namespace host_cuda {
 namespace {
 
-// ------------------------------------------------------------------------------------------------------- changing stacks
+// ----------------------------------------------------------------------------------------------------- changing stacks
 constexpr size_t STACK_BYTES = 128 * 1024;
 void fiber_main();
 
@@ -53,7 +53,7 @@ struct Context {
     void start(unsigned char* stack) {
         void** const top = reinterpret_cast<void**>(stack + STACK_BYTES - 64);  // a multiple of 16
         *top = reinterpret_cast<void*>(&fiber_main);                            // what `ret` goes to
-        stack_pointer = top - 6;                                                // below it six registers, of any content
+        stack_pointer = top - 6;  // below it six registers, of any content
     }
     // Goes on here; what runs now goes on when `left` is entered.
     void enter(Context& left) { var_fast_change_stack(&left.stack_pointer, stack_pointer); }
@@ -76,7 +76,8 @@ struct Context {
 // ----------------------------------------------------------------------------------------------------------- one block
 struct Meeting {
     unsigned mask, arrived = 0, times = 0;
-    alignas(16) unsigned char brought[2][32][32];  // by turns: who comes again cannot overwrite what is still to be read
+    alignas(
+        16) unsigned char brought[2][32][32];  // by turns: who comes again cannot overwrite what is still to be read
 };
 
 struct Fiber {
@@ -118,7 +119,8 @@ std::vector<unsigned> ordered(unsigned n) {
     return all;
 }
 
-void run_block(const std::string& op, const std::vector<unsigned>& warp_order, const std::vector<unsigned>& lane_order) {
+void run_block(const std::string& op, const std::vector<unsigned>& warp_order,
+               const std::vector<unsigned>& lane_order) {
     for (size_t i = 0; i < fibers.size(); ++i) {
         fibers[i].state = Fiber::running;
         fibers[i].index = static_cast<unsigned>(i);
@@ -174,7 +176,8 @@ void run(const std::string& op, const std::function<void()>& body, dim3 grid, in
         grid.x == 0 || grid.y == 0 || grid.z == 0)
         throw std::runtime_error(op + ": invalid launch");
     if (shared_end == nullptr) shared_end = fenced(MOST_SHARED, 1) + MOST_SHARED;
-    while (stacks.size() < static_cast<size_t>(threads)) stacks.push_back(std::make_unique<unsigned char[]>(STACK_BYTES));
+    while (stacks.size() < static_cast<size_t>(threads))
+        stacks.push_back(std::make_unique<unsigned char[]>(STACK_BYTES));
     fibers.resize(threads);
     meetings.resize(threads / 32);
     kernel_body = &body;

@@ -92,7 +92,7 @@ T atomicAdd(T* to, T x) {
     return before;
 }
 
-// -------------------------------------------------------------------------------------------------------------- numbers
+// ------------------------------------------------------------------------------------------------------------- numbers
 using std::max;
 using std::min;
 
@@ -155,7 +155,8 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
 inline float __half2float(__half x) {
     const uint32_t exponent = x.bits >> 10 & 31, fraction = x.bits & 1023, sign = uint32_t{x.bits} >> 15 << 31;
     if (exponent == 31) return host_cuda::float_of(sign | 0x7f800000 | fraction << 13);
-    const float size = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? int(exponent) : 1) - 25);
+    const float size =
+        std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), (exponent ? int(exponent) : 1) - 25);
     return sign ? -size : size;
 }
 inline __half __float2half(float x) {
@@ -166,10 +167,11 @@ inline __half __float2half(float x) {
     // whole multiples of the spacing of float16 around x; an overflow into the next exponent comes out right
     const int exponent = size < 6.103515625e-05f ? -14 : std::ilogb(size);
     const int multiple = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
-    return {static_cast<uint16_t>(sign | (exponent == -14 && multiple < 1024 ? multiple : (exponent + 14) * 1024 + multiple))};
+    return {static_cast<uint16_t>(sign |
+                                  (exponent == -14 && multiple < 1024 ? multiple : (exponent + 14) * 1024 + multiple))};
 }
 
-// ----------------------------------------------------------------------- what csrc/cuda has for CUDA alone (device.cuh, mma.cuh)
+// ------------------------------------------------------------- what csrc/cuda has for CUDA alone (device.cuh, mma.cuh)
 namespace var_fast::cuda {
 
 inline unsigned char* dynamic_shared() { return host_cuda::shared_memory(); }
@@ -184,8 +186,10 @@ template <class T>
 float value_of(uint32_t word, int half) {
     T x;
     x.bits = static_cast<uint16_t>(word >> 16 * half);
-    if constexpr (std::is_same_v<T, __half>) return __half2float(x);
-    else return __bfloat162float(x);
+    if constexpr (std::is_same_v<T, __half>)
+        return __half2float(x);
+    else
+        return __bfloat162float(x);
 }
 
 template <class T>
@@ -210,8 +214,10 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
 
 template <class T>
 uint32_t pack_two(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) return __float2half(low).bits | uint32_t{__float2half(high).bits} << 16;
-    else return __float2bfloat16(low).bits | uint32_t{__float2bfloat16(high).bits} << 16;
+    if constexpr (std::is_same_v<T, __half>)
+        return __float2half(low).bits | uint32_t{__float2half(high).bits} << 16;
+    else
+        return __float2bfloat16(low).bits | uint32_t{__float2bfloat16(high).bits} << 16;
 }
 
 }  // namespace var_fast::cuda

@@ -53,9 +53,7 @@ class Operators(ABC):
         out_RlHD = self.empty(R, l, H, D, dtype=q_RlHD.dtype)
         scratch = self.empty(self.size("scale_attention_scratch_bytes", R, l, H, D, length), dtype=torch.int8)
         sizes = (R, l, H, D, length, k_cache_RHcD.shape[2])
-        self.call(
-            "scale_attention", q_RlHD, k_cache_RHcD, v_cache_RHcD, TYPES[q_RlHD.dtype], *sizes, out_RlHD, scratch
-        )
+        self.call("scale_attention", q_RlHD, k_cache_RHcD, v_cache_RHcD, TYPES[q_RlHD.dtype], *sizes, out_RlHD, scratch)
         return out_RlHD
 
     def draw_tokens(self, logits_BlV, seeds_B, scale, top_k, top_p, bad_SB):

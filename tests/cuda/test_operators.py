@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.cuda.checks import (
     DTYPES,
     check_draw_tokens,
+    check_draw_tokens_close_calls,
     check_draw_tokens_not_finite,
     check_gelu,
     check_group_norm_silu,
@@ -24,7 +25,10 @@ seeds = st.integers(0, 2**20)
 
 def few(examples):
     return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
 
 
@@ -32,7 +36,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
 
 
-# ------------------------------------------------------------------------------------------------ residual_adaln_modulate
+# ---------------------------------------------------------------------------------------------- residual_adaln_modulate
 @dtypes
 @pytest.mark.parametrize("C", [8, 40, 248, 256, 1032])
 def test_residual_adaln_modulate(ops, dtype, C):
@@ -45,20 +49,27 @@ def test_residual_adaln_modulate_of_the_widest_rows(ops):
 
 
 def test_residual_adaln_modulate_with_several_rows_a_block(ops, every_order):
-    check = lambda: check_residual_adaln_modulate(ops, torch.float16, R=5, L=1230, C=8, M=5)  # noqa: E731
-    every_order(lambda: bits(check()))
+    every_order(lambda: bits(check_residual_adaln_modulate(ops, torch.float16, R=5, L=1230, C=8, M=5)))
 
 
-@pytest.mark.parametrize("C, stride, message", [(12, 96, "C a multiple of 8"), (4616, 0, "up to 4608"), (8, 50, "stride")])
+@pytest.mark.parametrize(
+    "C, stride, message", [(12, 96, "C a multiple of 8"), (4616, 0, "up to 4608"), (8, 50, "stride")]
+)
 def test_residual_adaln_modulate_refuses(ops, C, stride, message):
     x, row = ops.place(torch.zeros(1, 1, C)), ops.place(torch.zeros(1, C))
     with pytest.raises(RuntimeError, match=f"residual_adaln_modulate: expected .*{message}"):
         ops.residual_adaln_modulate(x, None, row, row, row, stride, 1e-6, torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------- qk_norm
+# -------------------------------------------------------------------------------------------------------------- qk_norm
 @dtypes
-@given(D=st.integers(1, 16).map(lambda n: 8 * n), H=st.integers(1, 5), l=st.integers(1, 4), seed=seeds, scaled=st.booleans())
+@given(
+    D=st.integers(1, 16).map(lambda n: 8 * n),
+    H=st.integers(1, 5),
+    l=st.integers(1, 4),
+    seed=seeds,
+    scaled=st.booleans(),
+)
 @few(15)
 def test_qk_norm(ops, dtype, D, H, l, seed, scaled):
     check_qk_norm(ops, dtype, S=2, R=2, l=l, H=H, D=D, begin=2, capacity=7, scaled=scaled, seed=seed)
@@ -73,7 +84,7 @@ def test_qk_norm_beyond_the_cache(ops):
         check_qk_norm(ops, torch.float32, S=1, R=1, l=3, H=1, D=8, begin=2, capacity=4)
 
 
-# -------------------------------------------------------------------------------------------------------- scale_attention
+# ------------------------------------------------------------------------------------------------------ scale_attention
 @dtypes
 @pytest.mark.parametrize("D", [32, 64, 96, 128])
 def test_scale_attention(ops, dtype, D):
@@ -84,7 +95,9 @@ def test_scale_attention(ops, dtype, D):
 @given(l=st.integers(1, 40), length=st.integers(1, 150), seed=seeds, sharpness=st.sampled_from([0.1, 1.0, 10.0]))
 @few(20)
 def test_scale_attention_at_odd_sizes(ops, dtype, l, length, seed, sharpness):
-    check_scale_attention(ops, dtype, R=1, l=l, H=1, D=32, length=length, capacity=length + seed % 3, seed=seed, sharpness=sharpness)  # fmt: skip
+    check_scale_attention(
+        ops, dtype, R=1, l=l, H=1, D=32, length=length, capacity=length + seed % 3, seed=seed, sharpness=sharpness
+    )
 
 
 @dtypes
@@ -93,9 +106,8 @@ def test_scale_attention_split_over_blocks(ops, dtype, every_order):
 
 
 def test_scale_attention_with_two_tiles_a_block(ops, every_order):
-    check = lambda: check_scale_attention(ops, torch.bfloat16, R=18, l=33, H=19, D=32, length=5, capacity=5)  # noqa: E731
     assert 18 * 19 * 3 >= 1024
-    every_order(lambda: bits(check()))
+    every_order(lambda: bits(check_scale_attention(ops, torch.bfloat16, R=18, l=33, H=19, D=32, length=5, capacity=5)))
 
 
 @dtypes
@@ -113,7 +125,7 @@ def test_scale_attention_refuses(ops):
         check_scale_attention(ops, torch.float32, R=1, l=1, H=1, D=48, length=3, capacity=3)
 
 
-# ------------------------------------------------------------------------------------------------------------ draw_tokens
+# ---------------------------------------------------------------------------------------------------------- draw_tokens
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "wide", "outlier", "zeros", "tiny"])
 @given(
     V=st.integers(1, 90) | st.integers(500, 1100),
@@ -133,9 +145,18 @@ def test_draw_tokens_drops_the_first_of_those_that_tie(ops, top_p):
         check_draw_tokens(ops, B=1, l=16, V=64, top_k=0, top_p=top_p, kind="equal", seed=seed)
 
 
+def test_draw_tokens_keeps_the_best(ops):
+    for seed in range(5):
+        check_draw_tokens(ops, B=2, l=3, V=50, top_k=0, top_p=1e-17, seed=seed)
+
+
 @pytest.mark.parametrize("V, top_k, top_p", [(4096, 900, 0.96), (4096, 0, 0.95), (16384, 5000, 0.9), (4099, 0, 0.0)])
 def test_draw_tokens_of_large_codebooks(ops, every_order, V, top_k, top_p):
     every_order(lambda: check_draw_tokens(ops, B=2, l=2, V=V, top_k=top_k, top_p=top_p, kind="ties", seed=V))
+
+
+def test_draw_tokens_close_calls(ops):
+    check_draw_tokens_close_calls(ops)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -147,10 +168,12 @@ def test_draw_tokens_says_where_logits_are_not_finite(ops, value):
 def test_draw_tokens_refuses(ops, V, top_k, top_p):
     bad = ops.place(torch.zeros(1, 1, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="draw_tokens: expected"):
-        ops.draw_tokens(ops.place(torch.zeros(1, 1, V)), ops.place(torch.zeros(1, dtype=torch.int64)), 0, top_k, top_p, bad)
+        ops.draw_tokens(
+            ops.place(torch.zeros(1, 1, V)), ops.place(torch.zeros(1, dtype=torch.int64)), 0, top_k, top_p, bad
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- pyramid_update
+# ------------------------------------------------------------------------------------------------------- pyramid_update
 @pytest.mark.parametrize("pn, pn_next", [(1, 2), (3, 4), (5, 6), (10, 13), (16, 0)])
 def test_pyramid_update(ops, pn, pn_next):
     check_pyramid_update(ops, B=2, C=32, h=16, pn=pn, pn_next=pn_next)
@@ -172,7 +195,7 @@ def test_pyramid_update_of_a_map_that_does_not_fit(ops):
         check_pyramid_update(ops, B=1, C=64, h=40, pn=2, pn_next=3)
 
 
-# -------------------------------------------------------------------------------------------------------- group_norm_silu
+# ------------------------------------------------------------------------------------------------------ group_norm_silu
 @dtypes
 @pytest.mark.parametrize("C, groups", [(160, 32), (64, 32), (24, 8), (30, 5)])
 def test_group_norm_silu(ops, dtype, C, groups):
@@ -183,8 +206,7 @@ def test_group_norm_silu(ops, dtype, C, groups):
 @dtypes
 @pytest.mark.parametrize("y_dtype", DTYPES)
 def test_group_norm_silu_of_several_parts(ops, dtype, y_dtype, every_order):
-    check = lambda: check_group_norm_silu(ops, dtype, B=2, hw=611, C=32, groups=8, y_dtype=y_dtype)  # noqa: E731
-    every_order(lambda: bits(check()))
+    every_order(lambda: bits(check_group_norm_silu(ops, dtype, B=2, hw=611, C=32, groups=8, y_dtype=y_dtype)))
 
 
 def test_group_norm_silu_with_a_large_mean(ops):
@@ -194,11 +216,14 @@ def test_group_norm_silu_with_a_large_mean(ops):
 def test_group_norm_silu_does_not_depend_on_the_batch(ops):
     x = torch.randn(3, 600, 32, generator=torch.Generator().manual_seed(0))
     weight, bias = ops.place(torch.randn(32)), ops.place(torch.randn(32))
-    run = lambda part: ops.group_norm_silu(ops.place(part), weight, bias, 8, 1e-6, True, torch.float32)  # noqa: E731
+
+    def run(part):
+        return ops.group_norm_silu(ops.place(part), weight, bias, 8, 1e-6, True, torch.float32)
+
     assert torch.equal(run(x)[2:], run(x[2:]))
 
 
-# ------------------------------------------------------------------------------------------------------------------- gelu
+# ----------------------------------------------------------------------------------------------------------------- gelu
 @dtypes
 @pytest.mark.parametrize("n", [1, 7, 8, 4099])
 def test_gelu(ops, dtype, n):

@@ -1,9 +1,11 @@
-"""Runs every Triton kernel once on small shapes, forward and backward, and the native loop on a tiny model: the program
-that the sanitizer watches."""
+"""Runs every Triton kernel once on small shapes, forward and backward, every CUDA operator, and the native loop on a tiny
+model: the program that the sanitizer watches."""
 
 import torch
 
 from bench.suites.ops import backend_implementations, cases
+from tests.cuda import checks
+from tests.cuda.device import DeviceOperators
 from var_fast import VAR, VQVAE, Sampler
 
 
@@ -21,6 +23,27 @@ def sample(device: torch.device) -> None:
         print(f"ran the native loop {dtype}")
 
 
+def cuda_operators() -> None:
+    """At sizes that no tile divides; the draw with every kind of logits, so that all its paths are taken."""
+    ops = DeviceOperators()
+    for dtype in checks.DTYPES:
+        checks.check_residual_adaln_modulate(ops, dtype, R=3, L=2, C=1032, M=2)
+        checks.check_qk_norm(ops, dtype, S=2, R=3, l=5, H=3, D=96, begin=2, capacity=8)
+        checks.check_scale_attention(ops, dtype, R=2, l=19, H=3, D=64, length=55, capacity=60)
+        checks.check_scale_attention(ops, dtype, R=1, l=3, H=2, D=128, length=530, capacity=530)
+        checks.check_group_norm_silu(ops, dtype, B=2, hw=611, C=160, groups=32)
+        checks.check_group_norm_silu(ops, dtype, B=2, hw=37, C=30, groups=5)
+        checks.check_gelu(ops, dtype, 4099)
+    checks.check_scale_attention(ops, torch.bfloat16, R=18, l=33, H=19, D=32, length=5, capacity=5)
+    for kind in ("normal", "ties", "equal", "wide", "outlier", "zeros", "tiny"):
+        checks.check_draw_tokens(ops, B=2, l=3, V=1003, top_k=600, top_p=0.9017, kind=kind)
+    checks.check_draw_tokens(ops, B=2, l=3, V=4096, top_k=0, top_p=0.9017, kind="outlier")
+    checks.check_pyramid_update(ops, B=2, C=32, h=16, pn=5, pn_next=6)
+    checks.check_pyramid_update(ops, B=1, C=9, h=7, pn=3, pn_next=0, codes=True)
+    checks.check_pyramid_update(ops, B=1, C=32, h=32, pn=18, pn_next=24)
+    print("ran the CUDA operators")
+
+
 if __name__ == "__main__":
     device = torch.device("cuda")
     for dtype in (torch.float32, torch.bfloat16):
@@ -30,4 +53,5 @@ if __name__ == "__main__":
                 implementation.call(*case.inputs[0])
                 torch.cuda.synchronize()
                 print(f"ran {case.name} {dtype}")
+    cuda_operators()
     sample(device)

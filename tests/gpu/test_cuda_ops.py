@@ -7,6 +7,7 @@ import torch
 from tests.cuda.checks import (
     DTYPES,
     check_draw_tokens,
+    check_draw_tokens_close_calls,
     check_draw_tokens_not_finite,
     check_gelu,
     check_group_norm_silu,
@@ -76,6 +77,10 @@ def test_draw_tokens(ops, kind, V, top_k, top_p):
         check_draw_tokens(ops, B=4, l=100, V=V, top_k=top_k, top_p=top_p, kind=kind, seed=seed)
 
 
+def test_draw_tokens_close_calls(ops):
+    check_draw_tokens_close_calls(ops)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_draw_tokens_says_where_logits_are_not_finite(ops, value):
     check_draw_tokens_not_finite(ops, value)
@@ -125,7 +130,11 @@ def test_results_are_the_same_again(ops, repeats):
 def test_a_graph_captures_them(ops):
     """No operator waits for the device or allocates."""
     x = torch.randn(2, 64, 160, device="cuda")
-    weight, bias, logits = torch.ones(160, device="cuda"), torch.zeros(160, device="cuda"), torch.randn(1, 4, 4096).cuda()
+    weight, bias, logits = (
+        torch.ones(160, device="cuda"),
+        torch.zeros(160, device="cuda"),
+        torch.randn(1, 4, 4096).cuda(),
+    )
     seeds, bad = torch.zeros(1, dtype=torch.int64).cuda(), torch.zeros(1, 1, dtype=torch.int32).cuda()
     scratch, y = ops.group_norm_silu_scratch(x, 32), torch.empty_like(x)
     idx = torch.empty(1, 4, dtype=torch.int64, device="cuda")
