@@ -35,16 +35,15 @@ VAR_FAST_HOST_DEVICE Philox philox_block(int64_t seed, uint32_t stream, uint32_t
     return philox4x32(block, token, scale, stream, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 
+// In [0, 1), 24 bits, exact.
+VAR_FAST_HOST_DEVICE float uniform_of(uint32_t word) { return static_cast<float>(word >> 8) * 5.9604644775390625e-8f; }
+
 constexpr uint32_t TOKEN_STREAM = 0;  // the draws of sample_tokens
 
-// The 24 random bits of a token's draw.
-VAR_FAST_HOST_DEVICE uint32_t token_bits(int64_t seed, int64_t scale, int64_t token) {
-    return philox_block(seed, TOKEN_STREAM, static_cast<uint32_t>(scale), static_cast<uint32_t>(token), 0).word[0] >> 8;
-}
-
-// uniforms(seeds, TOKEN_STREAM, scale, tokens)[image, token, 0]: in [0, 1), exact in float32.
+// uniforms(seeds, TOKEN_STREAM, scale, tokens)[image, token, 0]
 VAR_FAST_HOST_DEVICE float token_uniform(int64_t seed, int64_t scale, int64_t token) {
-    return static_cast<float>(token_bits(seed, scale, token)) * 5.9604644775390625e-8f;
+    return uniform_of(
+        philox_block(seed, TOKEN_STREAM, static_cast<uint32_t>(scale), static_cast<uint32_t>(token), 0).word[0]);
 }
 
 }  // namespace var_fast

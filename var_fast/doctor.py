@@ -53,7 +53,10 @@ def print_report(console: Console) -> None:
     machine.add_row("CUDA devices", ", ".join(cuda["devices"]) or "none")
     machine.add_row("nvcc", f"{cuda['nvcc'] or 'not found'}: {cuda['builds']}")
     extension = found["extension"]
-    machine.add_row("var_fast._C", escape(extension["problem"] or f"built: {extension['file']}, {extension['instructions']} instructions"))
+    machine.add_row(
+        "var_fast._C",
+        escape(extension["problem"] or f"built: {extension['file']}, {extension['instructions']} instructions"),
+    )
     demo = found["demo"]
     machine.add_row(
         "demo model", "\n".join([demo["directory"], *(f"  {f}: {escape(s)}" for f, s in demo["files"].items())])

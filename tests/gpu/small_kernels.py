@@ -1,5 +1,5 @@
-"""Runs every Triton kernel once on small shapes, forward and backward, every CUDA operator, and the native loop on a tiny
-model: the program that the sanitizer watches."""
+"""The program that the sanitizer watches: every Triton kernel once on small shapes, forward and backward, every CUDA
+operator, and the native loop on a tiny model."""
 
 import torch
 
