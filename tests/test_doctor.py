@@ -68,8 +68,11 @@ def printed() -> str:
 @pytest.mark.parametrize("nvcc", [None, "/opt/cuda/bin/nvcc"])
 def test_nvcc(monkeypatch, nvcc):
     monkeypatch.setattr(shutil, "which", lambda program: nvcc)
-    expected = f"{nvcc}: no CUDA kernels in this version yet" if nvcc else "not found: var_fast builds for the CPU only"
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: "built without CUDA")
+    expected = f"{nvcc}: built for the CPU only" if nvcc else "not found: var_fast builds for the CPU only"
     assert expected in printed()
+    monkeypatch.setattr(doctor, "cuda_problem", lambda: None)
+    assert "the extension holds the CUDA operators" in printed()
 
 
 def test_an_override_that_cannot_run_is_shown(monkeypatch):

@@ -112,7 +112,7 @@ def _cuda_builds(nvcc: str | None) -> str:
         return "the extension holds the CUDA operators"
     if nvcc is None:
         return "var_fast builds for the CPU only"
-    return "built for the CPU only, as torch is; VAR_FAST_CUDA=1 pip install -e . builds the CUDA operators too"
+    return "built for the CPU only, as torch is (VAR_FAST_CUDA=1 builds for CUDA too)"
 
 
 def _extension() -> dict:
