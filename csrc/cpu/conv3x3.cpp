@@ -237,19 +237,23 @@ void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed)
                                 {1 / SCALE_B, B / SCALE_B, B * B / SCALE_B},
                                 {1 / SCALE_B, -B / SCALE_B, B * B / SCALE_B},
                                 {0, 0, 1}};
-    std::fill_n(packed, channels.floats(), 0.0f);
-    for (int64_t out = 0; out < Cout; ++out)
+    for (int64_t panel = 0; panel < channels.panels; ++panel)
         for (int64_t in = 0; in < Cin; ++in) {
-            const float* g = weight + (out * Cin + in) * 9;
-            double half[6][3];
-            for (int i = 0; i < 6; ++i)
-                for (int j = 0; j < 3; ++j) half[i][j] = G[i][0] * g[j] + G[i][1] * g[3 + j] + G[i][2] * g[6 + j];
-            const int64_t chunk = in / channels.chunk;
-            float* to = packed + channels.offset(chunk, out / columns) + in % channels.chunk * columns + out % columns;
-            for (int i = 0; i < 6; ++i)
-                for (int j = 0; j < 6; ++j)
-                    to[(6 * i + j) * channels.count(chunk) * columns] = static_cast<float>(
-                        half[i][0] * G[j][0] + half[i][1] * G[j][1] + half[i][2] * G[j][2]);
+            const int64_t chunk = in / channels.chunk, count = channels.count(chunk);
+            float* to = packed + channels.offset(chunk, panel) + in % channels.chunk * columns;
+            for (int64_t column = 0; column < columns; ++column, ++to) {
+                const int64_t out = panel * columns + column;
+                constexpr float NONE[9] = {};
+                const float* g = out < Cout ? weight + (out * Cin + in) * 9 : NONE;
+                double half[6][3];
+                for (int i = 0; i < 6; ++i)
+                    for (int j = 0; j < 3; ++j)
+                        half[i][j] = G[i][0] * g[j] + G[i][1] * g[3 + j] + G[i][2] * g[6 + j];
+                for (int i = 0; i < 6; ++i)
+                    for (int j = 0; j < 6; ++j)
+                        to[(6 * i + j) * count * columns] = static_cast<float>(
+                            half[i][0] * G[j][0] + half[i][1] * G[j][1] + half[i][2] * G[j][2]);
+            }
         }
 }
 

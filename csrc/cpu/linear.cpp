@@ -1,7 +1,7 @@
 // y = x W^T + bias in float32 from plain row-major weights. A panel of 32 columns x 256 weights is transposed into the
 // first-level cache and multiplied with all rows of x; that costs little for few rows, where reading the weights is
-// most of the work, and next to nothing for many. An element is a sum over chunks of 256 products, added in order, whatever
-// the number of rows and threads.
+// most of the work, and next to nothing for many. An element is a sum over chunks of 256 products, added in order,
+// whatever the number of rows and threads.
 #include <algorithm>
 #include <cstdint>
 #include <utility>
