@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 
@@ -23,11 +24,14 @@ def sample(case: Case) -> Callable:
     """(labels, seeds) -> images, by Sampler.sample."""
     subject = case.subject
     dtype = str(case.dtype).removeprefix("torch.")
-    sampler = Sampler(subject.models.var, dtype=dtype, max_batch=case.batch)
+
+    @cache
+    def sampler() -> Sampler:  # made in the first call, for it keeps to the backend that is chosen then
+        return Sampler(subject.models.var, dtype=dtype, max_batch=case.batch)
 
     def run(labels, seeds):
         subject.models.var.eval()
-        return sampler.sample(labels, seeds, cfg=subject.cfg, top_k=subject.top_k, top_p=subject.top_p)
+        return sampler().sample(labels, seeds, cfg=subject.cfg, top_k=subject.top_k, top_p=subject.top_p)
 
     return run
 
