@@ -34,7 +34,7 @@ bench: $(STAMP)-bench  ## each operator on small shapes, by pytest-benchmark (BE
 bench-report: $(STAMP)-bench  ## the throughput report of this machine (BENCH="--suite sample ..." for options)
 	$(BIN)/python bench/run.py $(BENCH)
 
-compile-report: $(STAMP)-test  ## registers, spills, shared memory, tensor-core use of all Triton kernels, without a GPU
+compile-report: $(STAMP)-test  ## registers, spills, shared memory, tensor-core use of all kernels, without a GPU
 	$(BIN)/python bench/compile_report.py
 
 gpu-check:  ## build with the python3 at hand (no network needed), run the tests marked gpu, write gpu_check.json
