@@ -149,6 +149,8 @@ KNOWN = {
     *(Encoder, Decoder, ResnetBlock, AttnBlock, Upsample2x, Downsample2x, MidBlock, Level),
 }
 
+METHODS = {"forward", "forward_modulated"}  # what the modules call of each other
+
 
 def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
     """Why the native loop cannot stand for this model, or None if it can.
@@ -163,7 +165,7 @@ def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
         for name, module in model.named_modules():
             if type(module) not in KNOWN:
                 return f"{name or 'the model'} is a {type(module).__name__}, a class that the native loop does not know"
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            if module._forward_hooks or module._forward_pre_hooks or not METHODS.isdisjoint(vars(module)):
                 return f"{name or 'the model'} has a forward of its own or a hook"
         for name, weight in model.named_parameters():
             if weight.dtype != torch.float32 or weight.device != device:
