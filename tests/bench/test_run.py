@@ -15,6 +15,7 @@ from bench.run import main
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--suite", "sample", "--models", "demo", "--batch", "1", "--rounds", "2", "--seconds", "0", "--device", "cpu"]
+SHORT += ["--dtype", "float32"]  # elsewhere it depends on the machine which there are
 
 
 def command(*arguments):
