@@ -58,6 +58,7 @@ VAR_FAST_AMX inline void tiles(const char* a, int64_t a_row, const char* b, int6
 VAR_FAST_AMX __attribute__((noinline)) void product(const Product& p) {
     const int64_t a_row = 2 * p.a_row, b_row = 2 * p.b_step, b_column = 2 * p.b_column, c_row = 4 * p.c_row;
     __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
+    Ahead ahead(p, (p.columns + 1) / 2 * ((p.rows + 31) / 32));
     for (int64_t column = 0; column < p.columns; column += 2) {
         const char* b = static_cast<const char*>(p.b) + column * b_column;
         const bool two_columns = column + 1 < p.columns;
@@ -66,6 +67,7 @@ VAR_FAST_AMX __attribute__((noinline)) void product(const Product& p) {
             char* c = reinterpret_cast<char*>(p.c) + row * c_row + 64 * column;
             const auto run = row + 16 < p.rows ? (two_columns ? tiles<2, 2> : tiles<2, 1>)
                                                : (two_columns ? tiles<1, 2> : tiles<1, 1>);
+            ahead.step();
             run(a, a_row, b, b_row, b_column, c, c_row, p.depth, p.add);
         }
     }

@@ -70,15 +70,19 @@ constexpr Tile TILES_BF16[ROWS][COLUMNS] = VAR_FAST_ALL_TILES(tile_bf16);
 
 // Strides and depth of p in 32-bit words here.
 void product(const Product& p, const Tile (&tiles)[ROWS][COLUMNS]) {
+    const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    Ahead ahead(p, parts(p.depth, DEPTH) * parts(p.columns, COLUMNS) * parts(p.rows, ROWS));
     for (int64_t begin = 0; begin < p.depth; begin += DEPTH) {
         const int64_t depth = std::min(DEPTH, p.depth - begin);
         for (int64_t column = 0; column < p.columns; column += COLUMNS) {
             const int64_t columns = std::min<int64_t>(COLUMNS, p.columns - column);
             const float* b = static_cast<const float*>(p.b) + column * p.b_column + begin * p.b_step;
-            for (int64_t row = 0; row < p.rows; row += ROWS)
+            for (int64_t row = 0; row < p.rows; row += ROWS) {
+                ahead.step();
                 tiles[std::min<int64_t>(ROWS, p.rows - row) - 1][columns - 1](
                     static_cast<const float*>(p.a) + row * p.a_row + begin, p.a_row, b, p.b_step, p.b_column,
                     p.c + row * p.c_row + 16 * column, p.c_row, depth, p.add || begin > 0);
+            }
         }
     }
 }

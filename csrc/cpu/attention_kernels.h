@@ -20,6 +20,24 @@ struct Product {
     int64_t c_row;
     int64_t rows, depth, columns;
     bool add;
+    const char* ahead;  // what the next products will read, or nullptr: brought into the second-level cache meanwhile
+    int64_t ahead_bytes;
+};
+
+// Spreads the prefetch of p.ahead over the steps of a product.
+class Ahead {
+public:
+    Ahead(const Product& p, int64_t steps)
+        : at_(p.ahead), left_(p.ahead_bytes), step_((p.ahead_bytes / steps + 63) / 64 * 64) {}
+    void step() {
+        const int64_t bytes = left_ < step_ ? left_ : step_;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at_ + i, 0, 2);
+        at_ += bytes, left_ -= bytes;
+    }
+
+private:
+    const char* at_;
+    int64_t left_, step_;
 };
 
 // What a block of keys does to the running softmax of `rows` queries. scores (rows, row) in powers of two, of which

@@ -161,6 +161,13 @@ private:
         }
         std::fill_n(m.largest, rows, -std::numeric_limits<float>::infinity());
         std::fill_n(m.total, rows, 0.f);
+        // the next head's keys and values are fetched while this one's are at work, a part with each block
+        const int64_t parts = query_blocks_ * ((length + key_block_ - 1) / key_block_);
+        const int64_t part = query / query_block_ * (parts / query_blocks_);
+        const int64_t bytes = padded_keys(length) * Dp * sizeof(T);
+        const int64_t share = slice + 1 < R * H ? round_up(bytes / parts, 64) : 0;
+        const char* next_k = reinterpret_cast<const char*>(k + padded_keys(capacity) * Dp) + part * share;
+        const char* next_v = reinterpret_cast<const char*>(v + padded_keys(capacity) * Dp) + part * share;
         for (int64_t key = 0; key < length; key += key_block_) {
             const int64_t keys = std::min(key_block_, length - key), padded = padded_keys(keys);
             const void *key_words = k + key * Dp, *value_words = v + key * Dp;
@@ -171,11 +178,12 @@ private:
                 key_words = m.k, value_words = m.v;
             }
             kernels_.product({queries, Dp, key_words, 16 * STEPS, 16 * Dp, m.scores, m.score_row, rows, Dp,
-                              (keys + 15) / 16, false});
+                              (keys + 15) / 16, false, next_k, share});
             kernels_.softmax({m.scores, m.score_row, rows, keys, m.largest, m.total, m.factor});
             if (key > 0) dispatch<Rescale>(m.sums, rows, Dp, const_cast<const float*>(m.factor));
             kernels_.product({m.scores, m.score_row * STEPS, value_words, Dp * STEPS, 16 * STEPS, m.sums, Dp, rows,
-                              STEPS == 2 ? padded : keys, Dp / 16, key > 0});
+                              STEPS == 2 ? padded : keys, Dp / 16, key > 0, next_v, share});
+            next_k += share, next_v += share;
         }
         T* out = out_ + ((slice / H * l + query) * H + slice % H) * D;
         dispatch<Finish<T>>(const_cast<const float*>(m.sums), const_cast<const float*>(m.total), rows, D, out, H * D);
