@@ -144,11 +144,13 @@ class BuildExtension(build_ext):
         if nvcc is not None:
             self.add_cuda(nvcc)
         # an older build may be newer than all files, but without the CUDA operators
+        # and another torch needs another build
         record = Path(self.build_temp) / "built_with"
-        self.force = self.force or not record.exists() or record.read_text() != str(nvcc)
+        built_with = f"{nvcc}\n{folder}\n{(folder / 'version.py').read_text()}"
+        self.force = self.force or not record.exists() or record.read_text() != built_with
         super().build_extensions()
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(str(nvcc))
+        record.write_text(built_with)
 
 
 check_torch()

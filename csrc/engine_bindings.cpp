@@ -1,7 +1,11 @@
 // Python bindings of the sampling loop, the only ones that know torch's tensors.
 #include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <cstring>
 
 #include "engine_bindings.h"
 #include "sampling_loop.h"
@@ -15,6 +19,7 @@ using MaybeTensor = std::optional<at::Tensor>;
 
 // The loop computes as it is written: no autograd, no autocast, no other Python thread held up.
 struct Guards {
+    c10::InferenceMode no_inference_mode{false};  // else buffers made in it could not be written to outside
     at::NoGradGuard no_grad;
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
     py::gil_scoped_release without_gil;
@@ -32,7 +37,27 @@ Linear make_linear(const at::Tensor& weight_NK, const MaybeTensor& bias_N, bool 
 
 }  // namespace
 
+// Some values of each tensor on a CPU, mixed into one number.
+uint64_t fingerprint(const std::vector<at::Tensor>& tensors) {
+    constexpr size_t LOOKS = 16;
+    uint64_t mixed = 0;
+    for (const at::Tensor& tensor : tensors) {
+        if (!tensor.is_cpu() || tensor.layout() != at::kStrided || !tensor.is_contiguous() || tensor.numel() == 0) continue;
+        const auto* const bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
+        const size_t size = tensor.element_size(), elements = tensor.numel(), step = std::max<size_t>(1, elements / LOOKS);
+        for (size_t at = step / 2; at < elements; at += step) {
+            uint64_t value = 0;
+            std::memcpy(&value, bytes + at * size, std::min(size, sizeof value));
+            mixed = (mixed ^ value) * 0x9E3779B97F4A7C15u;
+            mixed ^= mixed >> 29;
+        }
+    }
+    return mixed;
+}
+
 void bind_engine(py::module_& m) {
+    m.def("fingerprint", &fingerprint, py::arg("tensors"));
+
     py::class_<Linear>(m, "Linear").def(py::init(&make_linear), py::arg("weight"), py::arg("bias"), py::arg("packed"),
                                         py::arg("out_features"));
 
@@ -102,7 +127,8 @@ void bind_engine(py::module_& m) {
         .def(py::init([](std::shared_ptr<Model> model, int64_t batch, bool guided) {
                  return guarded([&] { return std::make_unique<SamplingRun>(std::move(model), batch, guided); });
              }),
-             py::arg("model"), py::arg("batch"), py::arg("guided"))
+             py::arg("model").none(false), py::arg("batch"), py::arg("guided"))
+        .def("use_stream", &SamplingRun::use_stream)
         .def("begin",
              [](SamplingRun& run, const at::Tensor& label_B, double cfg, uintptr_t stream) {
                  guarded([&] { run.begin(label_B, cfg, stream); });

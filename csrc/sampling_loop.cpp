@@ -14,6 +14,13 @@ const void* pointer(const at::Tensor& tensor) { return tensor.const_data_ptr(); 
 
 const float* floats(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
 
+void check_input(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType type,
+                 const at::Device& device) {
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", expected ", shape);
+    TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " is ", tensor.scalar_type(), ", expected ", type);
+    TORCH_CHECK_VALUE(tensor.device() == device, name, " is on ", tensor.device(), ", expected ", device);
+}
+
 // The first rows x columns elements of a buffer.
 at::Tensor rows_of(const at::Tensor& buffer, int64_t rows, int64_t columns) {
     return buffer.narrow(0, 0, rows * columns).view({rows, columns});
@@ -71,8 +78,7 @@ SamplingRun::SamplingRun(std::shared_ptr<const Model> model, int64_t batch, bool
 
 void SamplingRun::begin(const at::Tensor& label_B, double cfg, uintptr_t stream) {
     const Model& m = *model_;
-    TORCH_CHECK_VALUE(label_B.dim() == 1 && label_B.size(0) == B_, "label_B has shape ", label_B.sizes(), ", expected (",
-                      B_, ",)");
+    check_input("label_B", label_B, {B_}, at::kLong, m.device());
     cfg_ = cfg;
     place_.stream = reinterpret_cast<void*>(stream);
     place_.threads = at::get_num_threads();
@@ -195,9 +201,10 @@ at::Tensor SamplingRun::attend(int64_t block, int64_t images) {
 at::Tensor SamplingRun::draw(const at::Tensor& logits_BlV, const at::Tensor& seed_B, int64_t top_k, double top_p) {
     const Model& m = *model_;
     const int64_t l = m.tokens(scale_);
-    TORCH_CHECK_VALUE(seed_B.dim() == 1 && seed_B.size(0) == B_, "seed_B has shape ", seed_B.sizes(), ", expected (", B_,
-                      ",)");
-    const int64_t bad = leaf_draw_tokens(place_, floats(logits_BlV), seed_B.const_data_ptr<int64_t>(), scale_, B_, l, m.V,
+    check_input("seed_B", seed_B, {B_}, at::kLong, m.device());
+    check_input("logits_BlV", logits_BlV, {B_, l, m.V}, at::kFloat, m.device());
+    const at::Tensor seeds = seed_B.contiguous(), logits = logits_BlV.contiguous();
+    const int64_t bad = leaf_draw_tokens(place_, floats(logits), seeds.const_data_ptr<int64_t>(), scale_, B_, l, m.V,
                                          top_k, top_p, idx_.mutable_data_ptr<int64_t>(),
                                          not_finite_SB_.mutable_data_ptr<int32_t>());
     if (bad >= 0) throw NotFiniteError(scale_, bad);
@@ -206,7 +213,11 @@ at::Tensor SamplingRun::draw(const at::Tensor& logits_BlV, const at::Tensor& see
 
 void SamplingRun::advance(const std::optional<at::Tensor>& idx_Bl, const std::optional<at::Tensor>& codes_BlC) {
     const Model& m = *model_;
+    TORCH_CHECK(scale_ < m.scales(), "all ", m.scales(), " scales are sampled: call begin()");
     const int64_t pn = m.patch_nums[scale_], side = m.patch_nums.back();
+    TORCH_CHECK_VALUE(idx_Bl.has_value() != codes_BlC.has_value(), "expected either idx_Bl or codes_BlC");
+    if (idx_Bl) check_input("idx_Bl", *idx_Bl, {B_, pn * pn}, at::kLong, m.device());
+    if (codes_BlC) check_input("codes_BlC", codes_BlC->to(at::kFloat), {B_, pn * pn, m.Cvae}, at::kFloat, m.device());
     const bool last = scale_ + 1 == m.scales();
     const int64_t pn_next = last ? 0 : m.patch_nums[scale_ + 1], l = pn_next * pn_next;
     const at::Tensor idx = idx_Bl ? idx_Bl->contiguous() : at::Tensor();

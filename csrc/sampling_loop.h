@@ -60,6 +60,8 @@ public:
 
     // labels (B) int64, the null class included; `stream`: the CUDA stream that torch uses now.
     void begin(const at::Tensor& label_B, double cfg, uintptr_t stream);
+    // CUDA: the stream of the calls to come.
+    void use_stream(uintptr_t stream) { place_.stream = reinterpret_cast<void*>(stream); }
     // Guided logits (B, l, V) float32 of the next scale; the buffer is overwritten by the next call.
     at::Tensor logits();
     // Indices (B, l) int64 drawn from logits() with the random numbers of each image's seed; the buffer is overwritten by

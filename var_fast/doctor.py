@@ -112,6 +112,8 @@ def _cuda_builds(nvcc: str | None) -> str:
         return "the extension holds the CUDA operators"
     if nvcc is None:
         return "var_fast builds for the CPU only"
+    if native_problem() or torch.version.cuda:
+        return "pip install -e . builds for CUDA too" if torch.version.cuda else "var_fast is not built"
     return "built for the CPU only, as torch is (VAR_FAST_CUDA=1 builds for CUDA too)"
 
 

@@ -77,6 +77,7 @@ SHORT_BENCHMARK = (
 
 def short_benchmark(root: Path, out: Path, timeout_s: float = 240) -> list[dict] | str:
     """The rows of bench/run.py's report, of which `out` becomes the folder, or why there are none."""
+    (out / "report.json").unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, str(root / "bench" / "run.py"), *SHORT_BENCHMARK, "--out", str(out)]
     try:
         # it writes its report after every case, so what is finished counts
@@ -85,7 +86,10 @@ def short_benchmark(root: Path, out: Path, timeout_s: float = 240) -> list[dict]
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     try:
-        return json.loads((out / "report.json").read_text())["rows"]
+        rows = json.loads((out / "report.json").read_text())["rows"]
+        if problem:
+            print(f"benchmark: not finished: {problem}")
+        return rows
     except (OSError, ValueError) as error:
         return problem or str(error)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from tests.models.golden_util import CASES, load_case
 from var_fast import VAR, VQVAE, Sampler
 from var_fast.engine.graphs import bucket
 from var_fast.engine.loops import choose_loop, native_can
-from var_fast.engine.native_loop import NativeLoop, why_not_native
+from var_fast.engine.native_loop import NativeLoop
 from var_fast.engine.native_model import subpixel_weights
 from var_fast.engine.options import SamplingOptions
 from var_fast.engine.python_loop import PythonLoop
+from var_fast.engine.why_not_native import why_not_native
 from var_fast.errors import UserError
 from var_fast.ops.backend import BackendUnavailable
 
@@ -120,6 +123,42 @@ def test_weights_that_change_are_heard(case, dtype):
     assert torch.equal(after, Sampler(case.var, dtype=dtype).sample([1], [0]))
 
 
+def test_steps_that_leave_no_count_are_heard(case):
+    """Fused optimizers and changes through .data do not raise torch's count of changes."""
+    sampler = Sampler(case.var, dtype="bfloat16")
+    seen = [sampler.sample([1], [0])]
+    optimizer = torch.optim.AdamW(case.var.parameters(), lr=0.05, fused=True)
+    for parameter in case.var.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    versions = [parameter._version for parameter in case.var.parameters()]
+    optimizer.step()
+    assert versions == [parameter._version for parameter in case.var.parameters()]  # else this tests nothing
+    seen.append(sampler.sample([1], [0]))
+    case.var.head.weight.data.mul_(-1)
+    seen.append(sampler.sample([1], [0]))
+    for _ in range(2):  # the second may take the address that the first has left
+        weight = case.var.head.weight.detach().roll(1, 0)
+        case.var.head.weight = None
+        case.var.head.weight = nn.Parameter(weight.clone())
+        del weight
+    seen.append(sampler.sample([1], [0]))
+    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+    assert torch.equal(seen[-1], Sampler(case.var, dtype="bfloat16").sample([1], [0]))
+
+
+def test_a_model_that_is_trained_lets_go_of_its_loop(case):
+    case.var.eval().autoregressive_infer_cfg(1, 1)
+    loop = weakref.ref(case.var._native)
+    case.var.train()
+    assert case.var._native is None and loop() is None
+    var = case.var
+    var.eval().autoregressive_infer_cfg(1, 1)
+    gone = weakref.ref(var)
+    case.var = None
+    del var
+    assert gone() is None  # at once, without the garbage collector
+
+
 def test_float32_weights_are_shared(case):
     model = NativeLoop(case.var, torch.float32).model()
     with torch.no_grad():
@@ -185,14 +224,97 @@ class Halved(nn.Linear):
 
 def test_a_layer_that_was_replaced_goes_through_the_modules(case):
     assert why_not_native(case.var, torch.float32) is None
+    early = Sampler(case.var, dtype="float32")
+    assert isinstance(early.loop, NativeLoop)
     old = case.var.blocks[0].ffn.fc2
     new = Halved(old.in_features, old.out_features)
     new.load_state_dict(old.state_dict())
     case.var.blocks[0].ffn.fc2 = new
     assert "Halved" in why_not_native(case.var, torch.float32)
     assert isinstance(Sampler(case.var, dtype="float32").loop, PythonLoop)
+    early.sample([1], [0])
+    assert isinstance(early.loop, PythonLoop)
     with use_backend("native"), pytest.raises(BackendUnavailable, match="Halved"):
         choose_loop(case.var, torch.float32)
+
+
+@pytest.mark.parametrize("what", ["wider", "no bias", "wrapped", "other activation", "method", "dropout", "subclass"])
+def test_other_models_go_through_the_modules(case, what):
+    var, C = case.var.eval(), case.var.C
+    if what == "wider":
+        var.blocks[1].ffn.fc1, var.blocks[1].ffn.fc2 = nn.Linear(C, 8 * C), nn.Linear(8 * C, C)
+    elif what == "no bias":
+        var.head = nn.Linear(C, var.V, bias=False)
+    elif what == "wrapped":
+        var.head = nn.Sequential(nn.Identity(), var.head)
+    elif what == "other activation":
+        var.blocks[0].ffn.drop = nn.SiLU()
+    elif what == "method":
+        var.get_logits = lambda h_BLC, cond_BD: VAR.get_logits(var, h_BLC, cond_BD) * 0.5
+    elif what == "dropout":
+        var.blocks[1].attn.attn_drop = 0.5
+        var.blocks[1].attn.train()
+    else:
+        var.__class__ = type("Mine", (VAR,), {})
+    assert why_not_native(var, torch.float32)
+    with use_backend("reference"):
+        torch.manual_seed(0)
+        expected = Sampler(var, dtype="float32").sample([1], [0]) if what != "dropout" else None
+    if expected is not None:
+        assert relative(Sampler(var, dtype="float32").sample([1], [0]), expected) < 2e-5
+
+
+def test_a_repack_that_fails_leaves_the_loop_usable(case):
+    loop = NativeLoop(case.var.eval(), torch.float32)
+    options = SamplingOptions()
+    expected = loop.sample(LABELS, SEEDS, options)
+    head = case.var.head
+    case.var.head = nn.Linear(case.var.C, case.var.V, bias=False)
+    for weights in (None, 1):
+        loop._weights = weights
+        with pytest.raises(AttributeError):
+            loop.sample(LABELS, SEEDS, options)
+    case.var.head = head
+    assert torch.equal(loop.sample(LABELS, SEEDS, options), expected)
+
+
+def test_seeds_of_any_layout(case):
+    sampler = Sampler(case.var, dtype="float32")
+    expected = sampler.sample([1] * 4, [0, 2, 4, 6])
+    assert torch.equal(sampler.sample(torch.tensor([1]).expand(4), torch.arange(8)[::2]), expected)
+
+
+def test_inference_mode_and_autocast_change_nothing(case):
+    expected = Sampler(case.var, dtype="float32").sample([1], [0])
+    smooth = Sampler(case.var, dtype="float32").sample([1], [0], more_smooth=True)
+    sampler = Sampler(case.var, dtype="float32")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sampler.sample([1], [0]), expected)
+        assert torch.equal(sampler.sample([1], [0], more_smooth=True), smooth)
+        assert torch.equal(list(sampler.stream([1], [0]))[-1], expected)
+    assert torch.equal(sampler.sample([1], [0]), expected)
+
+
+def test_copies_of_a_sampler(case):
+    sampler = Sampler(case.var, dtype="float32")
+    expected = sampler.sample([1], [0])
+    assert torch.equal(copy.deepcopy(sampler).sample([1], [0]), expected)
+
+
+def test_images_that_are_not_finite_are_counted_in_the_request(case):
+    with torch.no_grad():
+        case.var.class_emb.weight[3].fill_(torch.nan)
+    sampler = Sampler(case.var, dtype="float32", max_batch=2)
+    for call in (sampler.sample, lambda *args: list(sampler.stream(*args))):
+        with pytest.raises(UserError, match="scale 0, image 4"):
+            call([0, 1, 2, 1, 3], [0] * 5)
+
+
+@pytest.mark.parametrize("top_k", [5.0, 10**30])
+def test_any_whole_top_k(case, top_k):
+    assert torch.isfinite(Sampler(case.var, dtype="float32").sample([1], [0], top_k=top_k)).all()
+    with pytest.raises(UserError, match="top_k is 2.5"):
+        Sampler(case.var, dtype="float32").sample([1], [0], top_k=2.5)
 
 
 def test_a_hook_is_called(case):
@@ -207,8 +329,9 @@ def test_a_hook_is_called(case):
 
 def test_what_else_the_native_loop_leaves_alone(case):
     assert "float16" in why_not_native(case.var, torch.float16)
-    case.var.train()
-    case.var.autoregressive_infer_cfg(1, 1)
+    case.var.eval().autoregressive_infer_cfg(1, 1)
+    assert case.var._native is not None
+    case.var.train().autoregressive_infer_cfg(1, 1)
     assert case.var._native is None
     case.var.eval().double()
     assert "torch.float64" in why_not_native(case.var, torch.float32)

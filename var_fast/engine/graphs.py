@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from var_fast.engine.native_loop import NativeLoop, check_not_finite
+from var_fast.engine.native_loop import NativeLoop, check_not_finite, on_device, plain
 from var_fast.engine.options import SamplingOptions
 from var_fast.errors import UserError
 
 KEPT = 8  # graphs; each holds its buffers
+_CAPTURING = threading.Lock()  # one capture at a time in the whole process
 
 
 class Captured(NamedTuple):
@@ -39,17 +40,18 @@ class Graphs:
 
     def sample(self, label_B: torch.Tensor, seed_B: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
         """Images (B, 3, H, W) float32 in [0, 1]."""
-        with self._lock, torch.no_grad(), torch.cuda.device(label_B.device):
-            images = []
-            while len(label_B):
-                size = bucket(min(len(label_B), self.largest), self.largest)
-                try:
-                    captured = self._get(size, label_B.device, options)
-                except torch.OutOfMemoryError:
+        with self._lock, torch.no_grad(), on_device(label_B.device):
+            images: list[torch.Tensor] = []
+            done = 0
+            while done < len(label_B):
+                size = bucket(min(len(label_B) - done, self.largest), self.largest)
+                captured = self._try(size, label_B.device, options)
+                if captured is None:  # here, where the error and what its frames hold are gone
                     self._make_room(size)
                     continue
-                images.append(self._replay(captured, label_B[:size], seed_B[:size]))
-                label_B, seed_B = label_B[size:], seed_B[size:]
+                part = slice(done, done + size)
+                images.append(self._replay(captured, label_B[part], seed_B[part]))
+                done += size
             return torch.cat(images)
 
     def _replay(self, captured: Captured, label_B: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
@@ -59,43 +61,51 @@ class Graphs:
         captured.seed_B[:count].copy_(seed_B)
         captured.graph.replay()
         image_B3HW = captured.image_B3HW[:count].clone()
-        check_not_finite(captured.run)
+        check_not_finite(captured.run, count)
         return image_B3HW
 
-    def _get(self, size: int, device: torch.device, options: SamplingOptions) -> Captured:
-        model = self.loop.model()
-        if model is not self._model:
-            self._captured.clear()
-            self._model = model
-        key = (size, options)
-        found = self._captured.pop(key, None) or self._capture(size, device, options)
+    def _try(self, size: int, device: torch.device, options: SamplingOptions) -> Captured | None:
+        """The graph for `size` images, or None where the memory does not suffice."""
+        try:
+            if self._model is not None and not self.loop.is_current(self._model):
+                self._let_go()
+            self._model = self.loop.model()
+            key = (size, options)
+            found = self._captured.pop(key, None) or self._capture(size, device, options)
+        except torch.OutOfMemoryError:
+            return None
         self._captured[key] = found  # the latest used is last
         while len(self._captured) > KEPT:
             del self._captured[next(iter(self._captured))]
         return found
 
     def _capture(self, size: int, device: torch.device, options: SamplingOptions) -> Captured:
-        label_B = torch.zeros(size, dtype=torch.int64, device=device)
-        seed_B = torch.zeros(size, dtype=torch.int64, device=device)
-        with self.loop.run(size, options.cfg) as run:
-            # once outside: libraries choose their algorithms and make their workspaces at a first call
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
+        with _CAPTURING, plain(device):
+            label_B = torch.zeros(size, dtype=torch.int64, device=device)
+            seed_B = torch.zeros(size, dtype=torch.int64, device=device)
+            run = self.loop.new_run(size, options.cfg)
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                # once outside: libraries choose their algorithms and make their workspaces at a first call
                 self.loop.sample_with(run, label_B, seed_B, options)
-            torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # thread_local: what other threads do meanwhile is no part of this graph, and does not spoil it
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 image_B3HW = self.loop.sample_with(run, label_B, seed_B, options)
-        self.loop.forget(run)  # its buffers belong to the graph now
+            torch.cuda.current_stream(device).wait_stream(stream)
         return Captured(graph, label_B, seed_B, image_B3HW, run)
+
+    def _let_go(self) -> None:
+        torch.cuda.synchronize()
+        self._captured.clear()
+        self._model = None
 
     def _make_room(self, size: int) -> None:
         """After an OutOfMemoryError for `size` images: first without the other graphs, then with fewer images."""
-        torch.cuda.synchronize()
         others = bool(self._captured)
-        self._captured.clear()
-        self.loop.forget(None)
+        self._let_go()
+        self.loop.forget()
         torch.cuda.empty_cache()
         if others:
             return

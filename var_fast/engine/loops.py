@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from var_fast.engine.native_loop import NativeLoop, why_not_native
+from var_fast.engine.native_loop import NativeLoop
 from var_fast.engine.python_loop import PythonLoop
+from var_fast.engine.why_not_native import why_not_native
 from var_fast.models import VAR
 from var_fast.ops.backend import BackendUnavailable, choose_backend, named_backend
 
@@ -24,6 +25,12 @@ def native_can(var: VAR, dtype: torch.dtype) -> bool:
     return problem is None
 
 
-def choose_loop(var: VAR, dtype: torch.dtype) -> NativeLoop | PythonLoop:
-    """The native loop, or else the one through the modules."""
-    return (NativeLoop if native_can(var, dtype) else PythonLoop)(var, dtype)
+def choose_loop(var: VAR, dtype: torch.dtype, last: NativeLoop | PythonLoop | None = None) -> NativeLoop | PythonLoop:
+    """The native loop, or else the one through the modules; `last` again where it is the one and the model the same."""
+    asked_for = choose_backend("sampling_loop", var.lvl_1L.device)
+    if asked_for == "native" and isinstance(last, NativeLoop) and last.dtype == dtype and last.still_stands():
+        return last
+    native = native_can(var, dtype)
+    if not native and isinstance(last, PythonLoop) and last.dtype == dtype:
+        return last
+    return (NativeLoop if native else PythonLoop)(var, dtype)

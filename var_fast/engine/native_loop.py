@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 from torch.profiler import record_function
 
 from var_fast.engine.mixed_codes import mixed_codes
-from var_fast.engine.native_model import native_model, weights_version
+from var_fast.engine.model_watch import ModelWatch
+from var_fast.engine.native_model import native_model
 from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.engine.python_loop import Keep
-from var_fast.models import VAR, VQVAE, VectorQuantizer2
-from var_fast.models.autoencoder import (
-    AttnBlock,
-    Decoder,
-    Downsample2x,
-    Encoder,
-    Level,
-    MidBlock,
-    ResnetBlock,
-    Upsample2x,
-)
-from var_fast.models.block import FFN, AdaLNBeforeHead, AdaLNSelfAttn, SelfAttention, SharedAdaLin
-from var_fast.models.drop_path import DropPath
-from var_fast.models.phi import Phi, PhiNonShared, PhiPartiallyShared, PhiShared
-from var_fast.models.var import not_finite
+from var_fast.models import VAR
+from var_fast.models.var import NotFiniteLogits
 
 Draw = Callable[[int, torch.Tensor], "tuple[torch.Tensor, torch.Tensor | None]"]
 """(scale, guided logits (B, l, V), which it may change) -> (tokens (B, l), mixed codes (B, l, Cvae) or None)."""
@@ -41,22 +29,34 @@ class NativeLoop:
     """
 
     def __init__(self, var: VAR, dtype: torch.dtype):
-        self.var, self.dtype = var, dtype
-        self._model, self._version = None, None
-        self._idle: list[tuple[tuple, object]] = []  # buffers of earlier calls, the latest last
-        self._lock = threading.Lock()
+        # weak: a VAR keeps its loop, and would otherwise keep itself alive
+        self._var, self.dtype = weakref.ref(var), dtype
+        self._watch = ModelWatch(var)
+        self._model, self._weights = None, None
+        self._idle: tuple[tuple, object] | None = None  # the buffers of the last call
+        self._lock = threading.RLock()
+
+    @property
+    def var(self) -> VAR:
+        return self._var()
+
+    def still_stands(self) -> bool:
+        """Whether the model's layers are those that `why_not_native` has looked at."""
+        return self._watch.same_layers()
 
     def sample(self, label_B: torch.Tensor, seed_B: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
         """Images (B, 3, H, W) float32 in [0, 1]."""
         with self.run(len(label_B), options.cfg) as run:
-            return self.sample_with(run, label_B, seed_B, options)
+            images_B3HW = self.sample_with(run, label_B, seed_B, options)
+            check_not_finite(run)
+            return images_B3HW
 
     def sample_with(self, run, label_B: torch.Tensor, seed_B: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
         """As `sample`, in the buffers of `run`."""
         if options.more_smooth:
             steps = self._steps(run, label_B, options.cfg, self._draw(run, seed_B, options))
             return final_image(steps, len(self.var.patch_nums))
-        with named_errors():
+        with named_errors(), on_device(label_B.device):
             return run.sample(label_B, seed_B, *options[:3], stream(label_B.device))
 
     def steps(
@@ -74,12 +74,21 @@ class NativeLoop:
             return final_image(self._steps(run, label_B, cfg, draw), len(self.var.patch_nums))
 
     def _steps(self, run, label_B: torch.Tensor, cfg: float, draw: Draw) -> Iterator[Callable[[], torch.Tensor]]:
-        run.begin(label_B, cfg, stream(label_B.device))
+        device = label_B.device
+
+        def image() -> torch.Tensor:
+            with on_device(device):
+                run.use_stream(stream(device))
+                return run.image()
+
+        with on_device(device):
+            run.begin(label_B, cfg, stream(device))
         for si, pn in enumerate(self.var.patch_nums):
-            with torch.no_grad(), named_errors(), record_function(f"scale:{si}:{pn}"):
+            with torch.no_grad(), plain(device), named_errors(), record_function(f"scale:{si}:{pn}"):
+                run.use_stream(stream(device))
                 idx_Bl, codes_BlC = draw(si, run.logits())
                 run.advance(idx_Bl if codes_BlC is None else None, codes_BlC)
-            yield run.image
+            yield image
 
     def _draw(self, run, seed_B: torch.Tensor, options: SamplingOptions, keep: Keep | None = None) -> Draw:
         scales = len(self.var.patch_nums)
@@ -96,33 +105,60 @@ class NativeLoop:
     @contextmanager
     def run(self, batch: int, cfg: float) -> Iterator:
         """A `_C.SamplingRun` of this batch size for one thread, with the model's weights as they are now."""
-        from var_fast import _C
-
-        key = (batch, cfg != 0 and len(self.var.patch_nums) > 1)
         with self._lock:
             model = self.model()
-            found = next((i for i, (own, _) in enumerate(self._idle) if own == (key, id(model))), None)
-            run = None if found is None else self._idle.pop(found)[1]
-        if run is None:
-            run = _C.SamplingRun(model, *key)
+            key = (id(model), batch, self.guided(cfg))
+            run = None
+            if self._idle is not None:
+                (own, idle), self._idle = self._idle, None  # others are let go before new ones are made
+                run = idle if own == key else None
+                del idle
+        run = run or self.new_run(batch, cfg)
         yield run  # buffers of a call that failed are not kept
         with self._lock:
             if self._model is model:
-                self._idle = [*self._idle[-1:], ((key, id(model)), run)]
+                self._idle = (key, run)
 
-    def forget(self, run) -> None:
-        """Drops the buffers of an idle run, or of all of them with None."""
-        with self._lock:
-            self._idle = [] if run is None else [(key, idle) for key, idle in self._idle if idle is not run]
+    def new_run(self, batch: int, cfg: float):
+        """As `run`, but nobody else's ever."""
+        from var_fast import _C
+
+        with torch.inference_mode(False), torch.no_grad():
+            return _C.SamplingRun(self.model(), batch, self.guided(cfg))
+
+    def guided(self, cfg: float) -> bool:
+        return cfg != 0 and len(self.var.patch_nums) > 1
 
     def model(self):
         """The weights as they are now."""
-        version = weights_version(self.var)
-        if version != self._version:
-            self._idle.clear()
-            self._model = None  # before the new one is made: there may be no room for two
-            self._model, self._version = native_model(self.var, self.dtype), version
-        return self._model
+        with self._lock:
+            weights = self._watch.weights()
+            if self._model is None or weights != self._weights:
+                self.forget()  # before the new one is made: there may be no room for two
+                with plain(self.var.lvl_1L.device):
+                    self._model = native_model(self.var, self.dtype)
+                self._weights = weights
+            return self._model
+
+    def is_current(self, model) -> bool:
+        """Whether `model` is what `model()` would give without work."""
+        return model is self._model and self._watch.weights() == self._weights
+
+    def forget(self) -> None:
+        """Lets go of the packed weights and the idle buffers."""
+        with self._lock:
+            self._model = self._weights = self._idle = None
+
+
+@contextmanager
+def plain(device: torch.device) -> Iterator[None]:
+    """The device chosen, whatever the caller has set of autocast and inference mode set aside."""
+    with on_device(device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def on_device(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def stream(device: torch.device) -> int:
@@ -138,42 +174,11 @@ def named_errors() -> Iterator[None]:
     try:
         yield
     except _C.NotFinite as error:
-        raise not_finite(*error.args) from None
+        raise NotFiniteLogits(*error.args) from None
 
 
-KNOWN = {
-    *(nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding),
-    *(nn.SiLU, nn.Identity, nn.Dropout, nn.Sequential, nn.ModuleList),
-    *(VAR, AdaLNSelfAttn, SelfAttention, FFN, AdaLNBeforeHead, SharedAdaLin, DropPath),
-    *(VQVAE, VectorQuantizer2, Phi, PhiShared, PhiPartiallyShared, PhiNonShared),
-    *(Encoder, Decoder, ResnetBlock, AttnBlock, Upsample2x, Downsample2x, MidBlock, Level),
-}
-
-METHODS = {"forward", "forward_modulated"}  # what the modules call of each other
-
-
-def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
-    """Why the native loop cannot stand for this model, or None if it can.
-
-    It reads the weights of the layers it knows: one that was replaced or hooked into (adapters, quantised layers,
-    probes) would not be heard.
-    """
-    device = var.lvl_1L.device
-    if device.type == "cpu" and dtype == torch.float16:
-        return "float16 is not for CPUs"
-    for model in (var, var.vae_proxy[0]):
-        for name, module in model.named_modules():
-            if type(module) not in KNOWN:
-                return f"{name or 'the model'} is a {type(module).__name__}, a class that the native loop does not know"
-            if module._forward_hooks or module._forward_pre_hooks or not METHODS.isdisjoint(vars(module)):
-                return f"{name or 'the model'} has a forward of its own or a hook"
-        for name, weight in model.named_parameters():
-            if weight.dtype != torch.float32 or weight.device != device:
-                return f"{name} is {weight.dtype} on {weight.device}, expected torch.float32 on {device}"
-    return None
-
-
-def check_not_finite(run) -> None:
-    """Raises UserError if a GPU met logits that were not finite (a CPU has said so itself); waits for it."""
-    if run.not_finite.any():
-        raise not_finite(*(int(n) for n in run.not_finite.nonzero()[0]))
+def check_not_finite(run, count: int | None = None) -> None:
+    """Raises NotFiniteLogits if a GPU met some in the first `count` images (a CPU has said so itself); waits for it."""
+    flags_SB = run.not_finite[:, :count]
+    if flags_SB.any():
+        raise NotFiniteLogits(*(int(n) for n in flags_SB.nonzero()[0]))

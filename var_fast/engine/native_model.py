@@ -68,12 +68,6 @@ def native_model(var: VAR, dtype: torch.dtype):
     return model
 
 
-def weights_version(var: VAR) -> tuple:
-    """Differs as soon as a weight of the transformer or the tokenizer was changed in place or replaced."""
-    tensors = [*var.parameters(), *var.vae_proxy[0].parameters()]
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
 def _float(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -13,7 +14,7 @@ from var_fast.engine.native_loop import NativeLoop
 from var_fast.engine.options import SamplingOptions, final_image
 from var_fast.errors import UserError
 from var_fast.models import VAR
-from var_fast.models.var import check_sampling_options
+from var_fast.models.var import NotFiniteLogits, check_sampling_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,8 +43,9 @@ class Sampler:
     `dtype`: "float32" (the reference's tokens; on CUDA, convolutions round to TF32 unless
     torch.backends.cudnn.allow_tf32 is False), "bfloat16" or "float16", or "auto": bfloat16 where the device computes in
     it, else float32. Float32 weights are shared with `var`; a half type keeps one copy of its own of the large ones.
-    Weights that are changed later are heard, in either case. `device`: moves the model there; None: where it is.
-    `max_batch`: larger requests are made in parts. Calls from several threads are safe.
+    Weights and layers that are changed later are heard, in either case (on CUDA not changes through `.data` or by a
+    fused optimizer between two calls without `var.train()` between them). `device`: moves the model there; None: where
+    it is. `max_batch`: larger requests are made in parts. Calls from several threads are safe.
 
     The loop runs in C++, on CUDA as a graph that is captured at the first call with a batch size (rounded up to a power
     of two) and options. Where it cannot (a layer that was replaced, float16 on a CPU, VAR_FAST_BACKEND=reference) the
@@ -67,10 +69,9 @@ class Sampler:
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
-        self.loop = choose_loop(var, self.dtype)
-        self.graphs = None
-        if self.device.type == "cuda" and isinstance(self.loop, NativeLoop):
-            self.graphs = Graphs(self.loop, max_batch)
+        self.graphs: Graphs | None = None
+        self.loop = None
+        self._choose_loop()
 
     def sample(
         self,
@@ -87,9 +88,13 @@ class Sampler:
         from 0; `top_k` 0 and `top_p` 0 keep all codes; `more_smooth` mixes codes by a Gumbel softmax (for pictures,
         not for metrics). Raises UserError for arguments out of range and for logits that are not finite.
         """
-        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        options = self._options(cfg, top_k, top_p, more_smooth)
         make = (self.graphs or self.loop).sample
-        return torch.cat([make(*part, options) for part in self._parts(labels, seeds, options)])
+        images = []
+        for i, part in enumerate(self._parts(labels, seeds, options)):
+            with self._counted_from(i):
+                images.append(make(*part, options))
+        return torch.cat(images)
 
     def stream(
         self,
@@ -101,11 +106,17 @@ class Sampler:
         more_smooth: bool = False,
     ) -> Iterator[torch.Tensor]:
         """As `sample`, but yields the images after each scale; the last are the finished ones."""
-        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        options = self._options(cfg, top_k, top_p, more_smooth)
         parts = [self.loop.steps(*part, options) for part in self._parts(labels, seeds, options)]
         # One part at a time would hold back the first images, so all parts advance together.
-        for images in zip(*parts, strict=True):
-            yield torch.cat([image() for image in images])
+        for _ in self.var.patch_nums:
+            images = []
+            for i, part in enumerate(parts):
+                with self._counted_from(i):
+                    images.append(next(part)())
+            yield torch.cat(images)
+        for part in parts:
+            next(part, None)  # it gives its buffers back
 
     def edit(
         self,
@@ -133,22 +144,48 @@ class Sampler:
         reconstruction, one that is all True gives `sample`'s images. Raises UserError for bad arguments, and for a mask
         too thin to make any token anew.
         """
-        options = SamplingOptions(cfg, top_k, top_p, more_smooth)
+        options = self._options(cfg, top_k, top_p, more_smooth)
         parts = self._parts(labels, seeds, options)
         count, patch_nums = sum(len(label_B) for label_B, _ in parts), self.var.patch_nums
         size = patch_nums[-1] * self.vae.downsample
         image_B3HW, mask_BHW = check_image_and_mask(image, mask, count, size, self.device)
         keeps = kept_tokens(self.vae, image_B3HW, mask_BHW, patch_nums, count, self.max_batch)
-        edited_B3HW = torch.cat(
-            [
-                final_image(self.loop.steps(*part, options, keep), len(patch_nums))
-                for part, keep in zip(parts, keeps, strict=True)
-            ]
-        )
+        edited = []
+        for i, (part, keep) in enumerate(zip(parts, keeps, strict=True)):
+            with self._counted_from(i):
+                edited.append(final_image(self.loop.steps(*part, options, keep), len(patch_nums)))
+        edited_B3HW = torch.cat(edited)
         return torch.where(mask_BHW.unsqueeze(1), edited_B3HW, image_B3HW) if paste else edited_B3HW
 
+    def _choose_loop(self) -> None:
+        """The loop for the model as it is now: a layer may have been replaced since the last call."""
+        loop = choose_loop(self.var, self.dtype, last=self.loop)
+        if loop is not self.loop:
+            self.loop = loop
+            on_gpu = self.device.type == "cuda" and isinstance(loop, NativeLoop)
+            self.graphs = Graphs(loop, self.max_batch) if on_gpu else None
+
+    def _options(self, cfg: float, top_k: int, top_p: float, more_smooth: bool) -> SamplingOptions:
+        check_sampling_options(cfg, top_k, top_p)
+        self._choose_loop()
+        return SamplingOptions(float(cfg), min(int(top_k), self.var.V), float(top_p), bool(more_smooth))
+
+    @contextmanager
+    def _counted_from(self, part: int) -> Iterator[None]:
+        """Errors within name an image by its place in the request, not in its part."""
+        try:
+            yield
+        except NotFiniteLogits as error:
+            raise NotFiniteLogits(error.scale, error.image + part * self.max_batch) from None
+
+    def __getstate__(self):
+        return {**self.__dict__, "loop": None, "graphs": None}  # packed weights and graphs are neither copied nor saved
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._choose_loop()
+
     def _parts(self, labels, seeds, options: SamplingOptions) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        check_sampling_options(*options[:3])
         label_B, seed_B = _whole_numbers("labels", labels), _whole_numbers("seeds", seeds)
         if len(label_B) != len(seed_B) or len(label_B) == 0:
             raise UserError(f"{len(label_B)} labels and {len(seed_B)} seeds, expected as many of each and at least one")

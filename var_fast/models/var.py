@@ -84,6 +84,7 @@ class VAR(TransformerHubMixin, nn.Module):
         self.vae_proxy, self.vae_quant_proxy = (vae_local,), (vae_local.quantize,)
         self._rng: torch.Generator | None = None
         self._native: Any = None
+        self.times_trained = 0  # how often training mode was chosen; fused optimizers leave no other trace in weights
 
         init_std = math.sqrt(1 / self.C / 3)
         self.word_embed = nn.Linear(self.Cvae, self.C)
@@ -272,17 +273,23 @@ class VAR(TransformerHubMixin, nn.Module):
     def _native_loop(self):
         """The C++ loop for this model as it is now, kept for the next call; None where the modules have to do it."""
         # the engine knows the models; they call on it here alone
-        from var_fast.engine.loops import native_can
+        from var_fast.engine.loops import choose_loop
         from var_fast.engine.native_loop import NativeLoop
 
+        if self.training or self.vae_proxy[0].training:
+            return None
         device_type = self.lvl_1L.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
-        if self._native is not None and self._native.dtype != dtype:
-            self._native = None  # before the next is made: there may be no room for the weights of both
-        if self.training or self.vae_proxy[0].training or not native_can(self, dtype):
-            return None
-        self._native = self._native or NativeLoop(self, dtype)
+        loop = choose_loop(self, dtype, last=self._native)
+        self._native = loop if isinstance(loop, NativeLoop) else None
         return self._native
+
+    def train(self, mode: bool = True) -> VAR:
+        """As nn.Module's. Training lets go of what sampling has packed: weights will change, and memory is wanted."""
+        if mode:
+            self._native = None
+            self.times_trained += 1
+        return super().train(mode)
 
     def resolve_labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
         """(B,) int64 on the model's device, from any form that `autoregressive_infer_cfg` takes, or a UserError."""
@@ -377,8 +384,8 @@ def check_sampling_options(cfg: float, top_k: int, top_p: float) -> None:
     """Raises UserError for options out of range."""
     if not math.isfinite(cfg):
         raise UserError(f"cfg is {cfg}, expected a finite number")
-    if top_k < 0:
-        raise UserError(f"top_k is {top_k}, expected at least 0 (0: all codes)")
+    if top_k < 0 or top_k != int(top_k):
+        raise UserError(f"top_k is {top_k}, expected a whole number of at least 0 (0: all codes)")
     if not 0 <= top_p <= 1:
         raise UserError(f"top_p is {top_p}, expected 0 to 1 (0: all codes)")
 
@@ -387,9 +394,12 @@ def check_finite(logits_BlV: torch.Tensor, si: int) -> None:
     """Raises UserError naming the scale and the image whose logits hold NaN or infinity."""
     finite_B = torch.isfinite(logits_BlV).flatten(1).all(1)
     if not finite_B.all():
-        raise not_finite(si, int((~finite_B).nonzero()[0]))
+        raise NotFiniteLogits(si, int((~finite_B).nonzero()[0]))
 
 
-def not_finite(si: int, image: int) -> UserError:
-    """The error for logits that hold NaN or infinity."""
-    return UserError(f"logits are not finite at scale {si}, image {image}: check the weights, the dtype and cfg")
+class NotFiniteLogits(UserError):
+    """Logits that hold NaN or infinity, at `scale` of the `image` of this index."""
+
+    def __init__(self, scale: int, image: int):
+        super().__init__(f"logits are not finite at scale {scale}, image {image}: check the weights, the dtype and cfg")
+        self.scale, self.image = scale, image
