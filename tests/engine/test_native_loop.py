@@ -264,6 +264,13 @@ def test_other_models_go_through_the_modules(case, what):
         assert relative(Sampler(var, dtype="float32").sample([1], [0]), expected) < 2e-5
 
 
+def test_layers_that_only_training_has_may_be_others(case):
+    for block in case.var.blocks:
+        block.drop_path = nn.Identity()
+        block.ffn.drop = nn.Dropout(0.5).eval()
+    assert why_not_native(case.var.eval(), torch.float32) is None
+
+
 def test_a_repack_that_fails_leaves_the_loop_usable(case):
     loop = NativeLoop(case.var.eval(), torch.float32)
     options = SamplingOptions()

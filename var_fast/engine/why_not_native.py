@@ -34,9 +34,9 @@ def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
     except (TypeError, ValueError) as error:
         return f"its config does not build: {error}"
     own_layers = [*var.named_modules(), *vae.named_modules()]
-    if [(name, type(layer)) for name, layer in own_layers] != layers:
-        known = dict.fromkeys(layers)
-        other = next((pair for pair in ((n, type(m)) for n, m in own_layers) if pair not in known), None)
+    own_kinds = [(name, _kind(layer)) for name, layer in own_layers]
+    if own_kinds != layers:
+        other = next((pair for pair in own_kinds if pair not in set(layers)), None)
         return f"{other[0]} is a {other[1].__name__}, not what its class has there" if other else "a layer is missing"
     for name, layer in own_layers:
         if is_changed(layer):
@@ -51,17 +51,22 @@ def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
     return _beyond_cuda(var) if device.type == "cuda" else None
 
 
+def _kind(layer: nn.Module) -> type:
+    """The class; one for those that do nothing but in training."""
+    return nn.Identity if isinstance(layer, nn.Dropout | DropPath) else type(layer)
+
+
 def _drops(layer: nn.Module) -> bool:
     return isinstance(layer, SelfAttention) and layer.attn_drop > 0
 
 
 @lru_cache(maxsize=8)
 def _as_built(vae_config: str, var_config: str) -> tuple[list, list]:
-    """(name, class) of every layer and (name, shape) of every parameter of a new model."""
+    """(name, kind) of every layer and (name, shape) of every parameter of a new model."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         vae = VQVAE(**json.loads(vae_config))
         var = VAR(vae, **json.loads(var_config))
-    layers = [(name, type(layer)) for model in (var, vae) for name, layer in model.named_modules()]
+    layers = [(name, _kind(layer)) for model in (var, vae) for name, layer in model.named_modules()]
     shapes = [(name, tuple(p.shape)) for model in (var, vae) for name, p in model.named_parameters()]
     return layers, shapes
 
