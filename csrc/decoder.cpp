@@ -20,8 +20,9 @@ void push_convolution(torch::jit::Stack& stack, const at::Tensor& x_BChw, const 
     stack.emplace_back(int64_t{1});
 }
 
+// The result is channels last, as x is.
 at::Tensor convolve(const at::Tensor& x_BChw, const Conv& layer) {
-    if (!layer.packed) return at::conv2d(x_BChw, layer.weight, layer.bias, 1, layer.padding);
+    if (!layer.packed) return at::conv2d(x_BChw, layer.weight, layer.bias, 1, layer.padding).contiguous(CHANNELS_LAST);
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_convolution_pointwise", "");
     torch::jit::Stack stack;
     push_convolution(stack, x_BChw, layer);
@@ -29,7 +30,7 @@ at::Tensor convolve(const at::Tensor& x_BChw, const Conv& layer) {
     stack.emplace_back(c10::List<std::optional<at::Scalar>>());
     stack.emplace_back("");
     op.callBoxed(stack);
-    return stack.back().toTensor();
+    return stack.back().toTensor().contiguous(CHANNELS_LAST);
 }
 
 // sum += convolution of x, in one pass over sum where oneDNN does both.
