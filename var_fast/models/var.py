@@ -384,8 +384,10 @@ def check_sampling_options(cfg: float, top_k: int, top_p: float) -> None:
     """Raises UserError for options out of range."""
     if not math.isfinite(cfg):
         raise UserError(f"cfg is {cfg}, expected a finite number")
-    if top_k < 0 or top_k != int(top_k):
-        raise UserError(f"top_k is {top_k}, expected a whole number of at least 0 (0: all codes)")
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}, expected at least 0 (0: all codes)")
+    if top_k != int(top_k):
+        raise UserError(f"top_k is {top_k}, expected a whole number")
     if not 0 <= top_p <= 1:
         raise UserError(f"top_p is {top_p}, expected 0 to 1 (0: all codes)")
 
