@@ -37,15 +37,16 @@ Linear make_linear(const at::Tensor& weight_NK, const MaybeTensor& bias_N, bool 
 
 }  // namespace
 
-// Some values of each tensor on a CPU, mixed into one number.
+// Some values from the middle of each tensor on a CPU, mixed into one number.
 uint64_t fingerprint(const std::vector<at::Tensor>& tensors) {
-    constexpr size_t LOOKS = 16;
+    constexpr size_t MOST = 16;
     uint64_t mixed = 0;
     for (const at::Tensor& tensor : tensors) {
         if (!tensor.is_cpu() || tensor.layout() != at::kStrided || !tensor.is_contiguous() || tensor.numel() == 0) continue;
         const auto* const bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
-        const size_t size = tensor.element_size(), elements = tensor.numel(), step = std::max<size_t>(1, elements / LOOKS);
-        for (size_t at = step / 2; at < elements; at += step) {
+        const size_t size = tensor.element_size(), elements = tensor.numel();
+        const size_t looks = std::min(elements, MOST), first = (elements - looks) / 2;
+        for (size_t at = first; at < first + looks; ++at) {
             uint64_t value = 0;
             std::memcpy(&value, bytes + at * size, std::min(size, sizeof value));
             mixed = (mixed ^ value) * 0x9E3779B97F4A7C15u;

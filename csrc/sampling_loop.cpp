@@ -162,7 +162,7 @@ at::Tensor SamplingRun::logits() {
         h_NC = guided_NC;
     }
     const at::Tensor logits_NV = rows_of(logits_, rows, m.V);
-    // on a CPU the head stays in float32: bfloat16 there changes three times as many tokens as all else together
+    // On a CPU the head stays in float32: logits rounded to bfloat16 change more tokens than the blocks' roundings do.
     linear_float32(place_.cuda ? h_NC.to(scalar_type(m.type)) : h_NC, m.head, logits_NV, place_);
     return logits_NV.view({B_, l, m.V});
 }

@@ -20,6 +20,7 @@ import var_fast.checkpoint
 from var_fast import VAR, VQVAE, Sampler
 from var_fast.checkpoint import Checkpoint, CheckpointError, build_models, load_checkpoint, save_checkpoint
 from var_fast.checkpoint_files import check_config, read_contents
+from var_fast.engine.model_watch import ModelWatch
 from var_fast.errors import UserError
 from var_fast.layout import PUBLISHED_PATCH_NUMS, RULES, least_elements, tokenizer_keywords, transformer_keywords
 
@@ -739,6 +740,7 @@ def test_mapped_weights_stay_in_the_file_until_they_change(tmp_path, suffix):
         assert torch.equal(tensor, state[name]), name
     assert all(parameter.requires_grad for parameter in mapped.parameters())
     expected = Sampler(var, dtype="bfloat16").sample([1], [0])
+    assert not [t for t in ModelWatch(mapped)._in_memory if any(t is p for p in mapped.parameters())]
     sampler = Sampler(mapped, dtype="bfloat16")  # packs the weights and lets their pages go
     assert torch.equal(sampler.sample([1], [0]), expected)
     for name, tensor in mapped.state_dict().items():

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from var_fast.checkpoint_files import (
     CONFIG_NAME,
@@ -38,6 +37,7 @@ from var_fast.layout import (
     transformer_keywords,
 )
 from var_fast.models import VAR, VQVAE
+from var_fast.models.no_initialisation import NoInitialisation
 
 __all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "save_checkpoint"]
 
@@ -158,16 +158,6 @@ def _tensors_to_save(model: nn.Module, dtype: torch.dtype | None) -> dict[str, t
     }
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves out the random initialisation of layers, as every parameter is about to be loaded: seconds for 300 M."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs.get("tensor", args[0] if args else None)
-        return function(*args, **kwargs)
-
-
 def build_models(
     contents: Contents,
     *,
@@ -276,9 +266,9 @@ def _build(cls: type[nn.Module], args: tuple[Any, ...], keywords: dict[str, Any]
     kind = "tokenizer" if issubclass(cls, VQVAE) else "transformer"
     try:
         if least_elements(kind, keywords) > elements:  # the first wrong entry can be named without the memory
-            with torch.device("meta"), _NoInitialisation():
+            with torch.device("meta"), NoInitialisation():
                 _check_fit(cls(*args, **keywords), part)
-        with torch.random.fork_rng(devices=[]), _NoInitialisation():
+        with torch.random.fork_rng(devices=[]), NoInitialisation():
             model = cls(*args, **keywords)
     except CheckpointError:
         raise

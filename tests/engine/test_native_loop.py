@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +265,13 @@ def test_other_models_go_through_the_modules(case, what):
         expected = Sampler(var, dtype="float32").sample([1], [0]) if what != "dropout" else None
     if expected is not None:
         assert relative(Sampler(var, dtype="float32").sample([1], [0]), expected) < 2e-5
+
+
+def test_looking_at_a_model_loads_no_compiler():
+    """On the meta device it would: 140 MB of modules and a second at every first image."""
+    code = "import sys; from var_fast import Sampler, load_checkpoint; s = Sampler(load_checkpoint('demo').var)\n"
+    code += "s.sample([0], [0]); sys.exit('sympy' in sys.modules or 'torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_layers_that_only_training_has_may_be_others(case):

@@ -4,22 +4,18 @@ The instruction set is chosen once in a process, so each one has a process of it
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ops.on_isa import ISAS, run_on
 from var_fast import _C
 from var_fast.ops.qk_norm import qk_norm_reference
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # ||out - reference|| / ||reference||
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 VAR_256 = tuple(pn * pn for pn in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 
 
@@ -112,16 +108,7 @@ def run_cases():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_agrees_with_float64(isa):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.test_cached_attention"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "VAR_FAST_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "this machine has" in done.stderr:
-        pytest.skip(f"no {isa} here")
-    assert done.returncode == 0, done.stderr
+    done = run_on(isa, "-m", "tests.ops.test_cached_attention")
     results = json.loads(done.stdout)
     assert len(results) == 2 * len(CASES)
     wrong = [result for result in results if not all(error <= result[3] for error in result[2])]

@@ -1,9 +1,6 @@
 """The native float32 linear layer: against float64, and bitwise the same in any batch and on any threads."""
 
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.ops.on_isa import ISAS, rerun_on
 from var_fast import _C
 
-ISAS = ["portable", "avx2", "avx512"]
 GUARD = 12345.0
 
 
@@ -118,23 +115,6 @@ def test_without_inputs_it_is_the_bias():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ISAS[:3])  # the others have none of their own for float32
 def test_every_instruction_set(isa):
-    """This file's other tests in a process that is held to one instruction set."""
-    environment = {**os.environ, "VAR_FAST_ISA": isa}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not every_instruct",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "this machine has" in done.stdout:
-        pytest.skip(f"no {isa} here")
-    assert done.returncode == 0, done.stdout
+    rerun_on(isa, __file__)

@@ -28,10 +28,15 @@ class FilePages:
         except (OSError, ValueError):
             self._ranges = []
 
+    def hold(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's values lie in a file."""
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(first <= begin and end <= last for first, last in self._ranges)
+
     def give_back(self, tensor: torch.Tensor) -> None:
         """Lets the pages that hold `tensor` go; they are read from the file again when they are needed."""
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if any(first <= begin and end <= last for first, last in self._ranges):
+        if self.hold(tensor):
             first_page = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
             length = end // mmap.PAGESIZE * mmap.PAGESIZE - first_page
             if length > 0:  # refused (an older system, another owner's file): the memory stays in use, no more

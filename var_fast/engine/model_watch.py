@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch import nn
 
+from var_fast.engine.file_pages import FilePages
 from var_fast.models import VAR
 
 METHODS = {  # what the modules call of each other in sampling: one set on an instance is another model
@@ -34,6 +35,9 @@ class ModelWatch:
             for name, value in places.items()
         ]
         self._tensors = [value for _, _, value in self._slots if isinstance(value, torch.Tensor)]
+        # a look at weights that are mapped from a file would bring 64 KB of each into memory
+        pages = FilePages()
+        self._in_memory = [tensor for tensor in self._tensors if tensor.is_cpu and not pages.hold(tensor)]
 
     def same_layers(self) -> bool:
         """Whether every layer and every tensor is the same object, and none has a hook."""
@@ -43,9 +47,9 @@ class ModelWatch:
 
     def weights(self) -> tuple:
         """Differs when the tensors' values were changed: by torch's count of changes in place, by their addresses, by
-        how often training began, and on a CPU by a look at a few values of each. The count alone is blind to changes
-        through `.data` and by fused optimizers."""
+        how often training began, and by a look at a few values of those in the CPU's memory. The count alone is blind
+        to changes through `.data` and by fused optimizers."""
         from var_fast import _C
 
         counted = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors)
-        return counted, self._root().times_trained, _C.fingerprint(self._tensors)
+        return counted, self._root().times_trained, _C.fingerprint(self._in_memory)
