@@ -1,0 +1,94 @@
+"""Settings of a run: a dataclass whose fields say what they are, and the command-line options made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from var_fast.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, help: str, *, compare: bool = True, panel: str | None = None) -> Any:
+    """A field of settings. compare False: a resumed run may have another value of it. panel: its group in --help."""
+    return dataclasses.field(default=default, compare=compare, metadata={"help": help, "panel": panel})
+
+
+def takes_settings(settings_class: type) -> Callable[[Callable], Callable]:
+    """For a typer command with a parameter `settings`: it gets an option for each field of `settings_class` instead.
+
+    `settings` is then a dict of those that the user gave. Tuples are given as numbers with commas between them.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        hints = typing.get_type_hints(settings_class)
+        fields = {field.name: field for field in dataclasses.fields(settings_class) if field.metadata}
+
+        def with_options(**given: Any) -> Any:
+            chosen = {name: given.pop(name) for name in fields}
+            settings = {
+                name: _numbers(name, value) if typing.get_origin(hints[name]) is tuple else value
+                for name, value in chosen.items()
+                if value is not None
+            }
+            return command(settings=settings, **given)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "settings"]
+        made = [_option(field, hints[name]) for name, field in fields.items()]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + made
+        with_options.__signature__ = signature.replace(parameters=parameters)
+        # typer asks for the hints apart from the signature
+        with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+        with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+        return with_options
+
+    return decorate
+
+
+def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    is_tuple = typing.get_origin(hint) is tuple
+    default = field.default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else {None: "none"}.get(default, default)
+    option = typer.Option(help=f"{field.metadata['help']} Default: {shown}.", rich_help_panel=field.metadata["panel"])
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[(str if is_tuple else hint) | None, option],
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{name}: got {text!r}, expected numbers with commas between them, like 1,2,4") from None
+
+
+def differences(ours: Any, theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, our value, theirs) of every field that a resumed run must not change and that `theirs`, read from JSON,
+    has another value of."""
+    return [
+        (field.name, getattr(ours, field.name), theirs.get(field.name))
+        for field in dataclasses.fields(ours)
+        if field.compare and _plain(getattr(ours, field.name)) != _plain(theirs.get(field.name))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_plain(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
+    """Settings from what JSON kept of them. Raises TypeError for entries they do not have."""
+    return settings_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
