@@ -194,6 +194,7 @@ class _Run:
         self.console = console if self.is_main else Console(quiet=True)
         self.step, self.before_s, self.metrics = 0, 0.0, {}
         self.best = math.inf
+        self.evaluated_step = self.drawn_step = -1
         self.window = _Window(self.ranks)
         self.watch = _LossWatch(cadence.diverged_at)
         self.known_skipped: set[str] = set()
@@ -277,12 +278,12 @@ class _Run:
                 self._fall_due(show, save_due, evaluation_due)
             self.watch.settle(self._failed)
             show(self.progress(), "")
-        if finished:
-            self.evaluate()
+        best = finished and self.evaluated_step != self.step and self.evaluate()
+        if finished and self.drawn_step != self.step:
             self.draw_samples()
-        self.save(wait=True)
+        self.save(best=best, wait=True)
+        self._write_model(self.out / "model")
         if finished:
-            self._write_model(self.out / "model")
             self.say(f"done: {self.step} steps in {self.elapsed() / 60:.1f} min; the model is {self.out / 'model'}")
         else:
             self.say(
@@ -358,7 +359,7 @@ class _Run:
     def evaluate(self) -> bool:
         """Held-out numbers into the log; whether they are the best so far."""
         metrics = self.job.evaluate()
-        self.evaluated_at = time.monotonic()
+        self.evaluated_at, self.evaluated_step = time.monotonic(), self.step
         if not metrics:
             return False
         self.metrics = metrics
@@ -375,6 +376,7 @@ class _Run:
 
     def draw_samples(self) -> None:
         """A picture of how far it is."""
+        self.drawn_step = self.step
         path = self.out / "samples" / f"step-{self.step:08d}.png"
         with self.ranks.together():
             if self.is_main:
