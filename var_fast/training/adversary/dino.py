@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-LAYERS_KERNEL = 9
+KERNEL = 9
+"""Tokens that the second convolution of a head sees at once."""
 
 
 class ConvBlock(nn.Module):
@@ -45,7 +46,7 @@ class DinoHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(
             nn.Sequential(
-                ConvBlock(width, 1), Residual(ConvBlock(width, LAYERS_KERNEL)), spectral_norm(nn.Conv1d(width, 1, 1))
+                ConvBlock(width, 1), Residual(ConvBlock(width, KERNEL)), spectral_norm(nn.Conv1d(width, 1, 1))
             )
             for width in widths
         )

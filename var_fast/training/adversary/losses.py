@@ -26,7 +26,7 @@ def r1_penalty(real_BN: torch.Tensor, img_B3HW: torch.Tensor) -> torch.Tensor:
 
 
 class LeCam:
-    """The regulariser of Tseng et al. 2021 (Regularizing generative adversarial networks under limited data, eq. 4):
+    """The regulariser of Tseng et al. 2021 (Regularizing generative adversarial networks under limited data):
     E[(D(real) - a_fake)^2] + E[(D(fake) - a_real)^2], with anchors a that follow the mean logits of all ranks."""
 
     def __init__(self, device: torch.device, decay: float = 0.99) -> None:
