@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 
 from var_fast.errors import UserError
+from var_fast.training.data.pixels import to_float
+
+__all__ = ["EmojiSet", "base_group", "load_emoji", "to_float", "unit_hash"]
 
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 # Zero-width joiner, variation selector, female and male sign, "facing right": they vary an emoji, they do not name it.
@@ -146,8 +149,3 @@ def load_emoji(
         groups=[groups[i] for i in kept],
         dropped=dropped,
     )
-
-
-def to_float(images_u8: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures -> float32 in [-1, 1], the range the tokenizer works in."""
-    return images_u8.float().div_(127.5).sub_(1.0)
