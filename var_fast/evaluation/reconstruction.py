@@ -10,7 +10,7 @@ import torch
 from var_fast.errors import UserError
 from var_fast.evaluation.ssim import ssim_B
 from var_fast.models import VQVAE
-from var_fast.training.metrics import psnr_B
+from var_fast.evaluation.psnr import psnr_B
 from var_fast.training.ranks import Ranks
 
 

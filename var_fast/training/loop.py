@@ -417,12 +417,15 @@ class _Run:
             where = f"its batch is in {path}"
         except UserError as error:
             where = str(error)
-        last = self.checkpoints.latest()
-        kept = f"{last} is from before" if last else "no checkpoint was saved yet"
+        try:  # no collective call here: it may be this rank alone that fails
+            self.checkpoints.wait()
+            kept = f"{resolve(self.out)} is from before"
+        except UserError as error:
+            kept = str(error) if "cannot write" in str(error) else "no checkpoint was saved yet"
         raise UserError(f"{why} at step {step}; {where}; {kept}: try a lower learning rate")
 
     def close(self) -> None:
-        """Ends what goes on in the background, without hiding the error of a run that failed."""
+        """Closes the log."""
         if self.log is not None:
             self.log.close()
 

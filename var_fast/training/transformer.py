@@ -273,7 +273,7 @@ class TransformerJob:
     def _hidden(self, step: int, part: int, share: int) -> torch.Tensor:
         """(share,) bool: the images of this pass whose label is hidden."""
         s = self.settings
-        draw = torch.Generator().manual_seed(step_seed(s.seed + 1, step))
+        draw = torch.Generator().manual_seed(step_seed(s.seed ^ 0x1ABE1, step))
         first = (part * self.ranks.count + self.ranks.rank) * share
         return torch.rand(s.batch, generator=draw)[first : first + share] < s.cond_drop
 
