@@ -1,5 +1,5 @@
-"""k-means: centres that lie close to many vectors (Lloyd 1982; seeds as Arthur and Vassilvitskii 2007, many at a time as
-Bahmani et al. 2012)."""
+"""k-means: centres that lie close to many vectors (Lloyd 1982; the seeds of Arthur and Vassilvitskii 2007, many at a
+time, as Bahmani et al. 2012)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Training the multi-scale tokenizer (VQVAE; VAR section 3.1): reconstruction, codes, perceptual and adversarial loss."""
+"""Training the multi-scale tokenizer (VQVAE; VAR section 3.1): reconstruction, codebook, perceptual and adversarial
+losses."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from var_fast.images import make_grid, save_png
 from var_fast.models import VQVAE
 from var_fast.ops.multiscale_quantize import scale_position
 from var_fast.training.adam_state import adam_tensors
-from var_fast.training.adversary import build_adversary
+from var_fast.training.adversary import LOGGED, build_adversary
 from var_fast.training.adversary.balance import adaptive_weight, last_layer_gradients
 from var_fast.training.code_use import CodeUse
 from var_fast.training.codebook import revive_codes, start_codebook
@@ -68,9 +69,7 @@ class TokenizerJob:
         self.ema = Ema(self.vae, average, s.ema)
         groups = weight_groups(self.vae, s.weight_decay, bare=("embedding",))
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), fused=True)
-        self.model = (
-            DistributedDataParallel(self.vae, broadcast_buffers=False) if ranks.count > 1 else self.vae
-        )
+        self.model = DistributedDataParallel(self.vae, broadcast_buffers=False) if ranks.count > 1 else self.vae
         self.lpips = load_lpips(s.lpips_weights, s.vgg_weights).to(device) if s.lpips > 0 else None
         self.adversary = build_adversary(
             s.discriminator,
@@ -84,13 +83,15 @@ class TokenizerJob:
             lecam=s.lecam,
         )
         self.code_use = CodeUse(len(s.patch_nums), s.vocab_size, device)
+        judges = {"lpips": self.lpips, "features": self.adversary.features if self.adversary else None}
+        self._hashes = {f"{name}_hash": judge and weights_hash(judge) for name, judge in judges.items()}
 
     def start(self) -> None:
         """The first codes of a fresh run, and of its average. Collective."""
         s = self.settings
         batches = (self._images(batch) for batch in islice(self.batches(0), s.kmeans_batches))
         start_codebook(self.vae, s.codebook_start, batches, step_seed(s.seed, -1), self.ranks)
-        self.ema.average.quantize.embedding.weight.copy_(self.vae.quantize.embedding.weight)
+        self.ema.average.quantize.embedding.weight.copy_(self.vae.quantize.embedding.weight.detach())
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """This rank's share of every step from there on."""
@@ -179,7 +180,7 @@ class TokenizerJob:
     def _teach_adversary(self, step, img, fake, lr) -> dict[str, torch.Tensor]:
         if step >= self.settings.gan_start:
             return self.adversary.step(img, fake, step, lr)
-        return {name: self._scalar(0.0) for name in self.adversary.LOGGED}
+        return dict.fromkeys(LOGGED, self._scalar(0.0))
 
     def _revive(self, step: int, progress: float, img: torch.Tensor) -> None:
         """At the end of a window, move dead codes; windows are short at first, when the encoder moves fast."""
@@ -229,22 +230,20 @@ class TokenizerJob:
         return {
             "watched_steps": self.code_use.steps,
             "record_hit": self.vae.quantize.record_hit,
-            "lpips_hash": weights_hash(self.lpips) if self.lpips is not None else None,
-            "features_hash": weights_hash(self.adversary.features) if self.adversary is not None else None,
+            **self._hashes,
         }
 
     def set_facts(self, facts: dict[str, Any]) -> None:
         """Takes back what `facts` returned. Raises UserError if the run was judged by other weights than these."""
-        ours = self.facts()
         for name, options in (("lpips_hash", "lpips_weights, vgg_weights"), ("features_hash", "dino_weights")):
-            if facts[name] != ours[name]:
+            if facts[name] != self._hashes[name]:
                 raise UserError(f"{options}: the run was begun with other weights than these files hold")
         self.code_use.steps = facts["watched_steps"]
         self.vae.quantize.record_hit = facts["record_hit"]
 
     @torch.no_grad()
     def draw_samples(self, path: Path, step: int) -> None:
-        """A sheet of held-out pictures (or else training pictures), each above its reconstruction by the averaged
+        """A sheet of held-out pictures (or else training pictures), each beside its reconstruction by the averaged
         weights: always the same pictures. Collective; the main rank writes it."""
         with self.ranks.together():
             if self.ranks.is_main:
@@ -252,9 +251,8 @@ class TokenizerJob:
                 for batch in evaluation_batches(source, self.augmentation, batch=SAMPLES, limit=SAMPLES):
                     img = self._images(batch)
                     again = self.ema.average.img_to_reconstructed_img(img, last_one=True)
-                    rows = [torch.cat(pair) for pair in zip(img.split(SAMPLES // 2), again.split(SAMPLES // 2))]
-                    columns = min(len(img), SAMPLES // 2)
-                    save_png(make_grid(torch.cat(rows).add(1).mul(0.5).clamp(0, 1).cpu(), columns), path)
+                    pairs = torch.stack([img, again], 1).flatten(0, 1).add(1).mul(0.5).clamp(0, 1)
+                    save_png(make_grid(pairs.cpu(), columns=8), path)
 
     def save_model(self, folder: Path) -> None:
         """The averaged tokenizer in float32, as a folder for load_checkpoint. Collective; the main rank writes it."""

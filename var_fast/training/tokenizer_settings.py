@@ -39,7 +39,7 @@ class TokenizerSettings:
     final_lr: float = setting(0.02, "Learning rate at the end, as part of the peak.", panel=_RUN)
     warmup_steps: int = setting(100, "Steps in which the learning rates grow from 0.", panel=_RUN)
     weight_decay: float = setting(0.01, "Weight decay of AdamW; none on codes, biases and norms.", panel=_RUN)
-    clip: float = setting(1.0, "Most norm of a step's gradient; 0: no limit.", panel=_RUN)
+    clip: float = setting(1.0, "Most norm of a step's gradient.", panel=_RUN)
     ema: float = setting(0.995, "Decay of the averaged weights.", panel=_RUN)
     flip: bool = setting(True, "Mirror pictures half of the time.", panel=_RUN)
     enlarge: float = setting(1.125, "Size of a picture's shorter side, in sides of the window cut from it.", panel=_RUN)
@@ -94,7 +94,7 @@ _EXPECTED = {
     "1 or more": (lambda x: x >= 1, "r1_every kmeans_batches"),
     "0 or more": (
         lambda x: 0 <= x < math.inf,
-        "clip lpips gan gan_start gan_warmup r1 lecam share_quant_resi quant_resi",
+        "lpips gan gan_start gan_warmup r1 lecam share_quant_resi quant_resi",
     ),
     "a number above 0": (lambda x: 0 < x < math.inf, "disc_lr adaptive_most"),
     "a number from 1 to 16": (lambda x: 1 <= x <= 16, "enlarge"),

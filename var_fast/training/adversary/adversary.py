@@ -8,15 +8,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from var_fast.training.adam_state import adam_tensors
 from var_fast.training.adversary.dino import DinoHeads
 from var_fast.training.adversary.losses import LeCam, hinge_discriminator, hinge_generator, r1_penalty
 from var_fast.training.adversary.patchgan import PatchGan
 from var_fast.training.adversary.vit import load_vit
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
-from var_fast.training.optimizer_state import optimizer_tensors
 from var_fast.training.ranks import Ranks
 
 DISCRIMINATORS = ("none", "patchgan", "dino")
+LOGGED = ("disc_loss", "disc_real", "disc_fake", "disc_grad_norm")
+"""What a step of an Adversary returns: its loss, regularisers included, mean logits, norm of its gradient."""
 
 
 class Adversary:
@@ -56,10 +58,8 @@ class Adversary:
         self.network.requires_grad_(True)
         return loss
 
-    def step(
-        self, real_B3HW: torch.Tensor, fake_B3HW: torch.Tensor, step: int, lr: float
-    ) -> dict[str, torch.Tensor]:
-        """One step of learning at step number `step` of the run; means over this rank, for the log."""
+    def step(self, real_B3HW: torch.Tensor, fake_B3HW: torch.Tensor, step: int, lr: float) -> dict[str, torch.Tensor]:
+        """One step of learning at step number `step` of the run; means over this rank, (LOGGED)."""
         penalise = self.r1 > 0 and step % self.r1_every == 0
         real_B3HW = real_B3HW.detach().requires_grad_(penalise)
         # One pass over both: the wrapper that averages gradients over ranks wants one backward pass per forward pass.
@@ -73,18 +73,14 @@ class Adversary:
         loss.backward()
         set_rates(self.optimizer, lr)
         norm = clip_and_step(self.optimizer, self.network.parameters(), self.clip)
-        return {
-            "disc_loss": loss.detach(),
-            "disc_real": real_BN.detach().mean(),
-            "disc_fake": fake_BN.detach().mean(),
-            "disc_grad_norm": norm.detach(),
-        }
+        found = (loss, real_BN.mean(), fake_BN.mean(), norm)
+        return {name: value.detach() for name, value in zip(LOGGED, found, strict=True)}
 
     def tensors(self) -> dict[str, Any]:
         """All it takes to go on: the very tensors in use."""
         return {
             "network": self.network.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.network),
+            "optimizer": adam_tensors(self.network, self.optimizer),
             "lecam": self.lecam.sums,
         }
 

@@ -12,9 +12,7 @@ def last_layer_gradients(
 ) -> list[torch.Tensor]:
     """The gradients that each of `grads_B3HW`, with respect to the reconstruction, brings to the decoder's last layer,
     averaged over the ranks: those of the whole batch."""
-    return [
-        ranks.mean_(torch.autograd.grad(recon_B3HW, last_layer, grad, retain_graph=True)[0]) for grad in grads_B3HW
-    ]
+    return [ranks.mean_(torch.autograd.grad(recon_B3HW, last_layer, grad, retain_graph=True)[0]) for grad in grads_B3HW]
 
 
 def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, most: float) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""The frozen vision transformer whose features the DINO discriminator reads (Dosovitskiy et al. 2021; Caron et al. 2021,
-Emerging properties in self-supervised vision transformers)."""
+"""The frozen vision transformer whose features the DINO discriminator reads (Caron et al. 2021, Emerging properties in
+self-supervised vision transformers; the architecture is that of Dosovitskiy et al. 2021)."""
 
 from __future__ import annotations
 
