@@ -1,4 +1,4 @@
-"""A toy run for the tests of checkpoints: few weights, but of every kind that a trainer saves; and processes to run it."""
+"""A toy run for the tests of checkpoints, few weights but of every kind that is saved; and processes to run it."""
 
 from __future__ import annotations
 
