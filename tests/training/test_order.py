@@ -21,9 +21,7 @@ def test_seeds_differ():
     assert len(seeds) == 20 * 102 + 20 * 100 and all(0 <= s < 2**63 for s in seeds)
 
 
-@given(
-    st.integers(0, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
-)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_shares_of_ranks_and_passes_make_up_the_step(step, share, ranks, parts):
     batch = share * ranks * parts
     found = [

@@ -212,6 +212,9 @@ class _Run:
                 self._make_folder(anew=resume == "never")
         self.checkpoints = RunCheckpoints(self.out / "checkpoints", self.ranks, self.cadence.keep)
         place = self.checkpoints.latest() if resume in ("auto", "never") else resolve(resume)
+        newest = self.checkpoints.latest()
+        if place is not None and place.parent == self.checkpoints.folder and place != newest:
+            raise UserError(f"resume: {place} is older than {newest} in the same run, expected another --out for it")
         if place is None:
             self.job.start()
         else:
@@ -440,7 +443,9 @@ class _Run:
         )
         with Progress(*columns, console=self.console, disable=not self.is_main) as bar:
             task = bar.add_task(self.job.kind, total=1.0, note="")
-            yield lambda progress, note: bar.update(task, completed=progress, note=note or bar.tasks[task].fields["note"])
+            yield lambda progress, note: bar.update(
+                task, completed=progress, note=note or bar.tasks[task].fields["note"]
+            )
 
 
 class _LossWatch:

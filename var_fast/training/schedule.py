@@ -27,9 +27,7 @@ class Limits:
             raise UserError(f"minutes: got {self.minutes}, expected more than 0")
 
     @classmethod
-    def of(
-        cls, steps: int | None, epochs: float | None, minutes: float | None, *, images: int, batch: int
-    ) -> Limits:
+    def of(cls, steps: int | None, epochs: float | None, minutes: float | None, *, images: int, batch: int) -> Limits:
         """The limits a user gave; an epoch is `images` images, `batch` a step."""
         if epochs is not None:
             if steps is not None:

@@ -1,3 +1,8 @@
 class CacheBatches: ...
+
+
 class TokenCache: ...
-def is_token_cache(p): return False
+
+
+def is_token_cache(p):
+    return False
