@@ -1,8 +1,0 @@
-class CacheBatches: ...
-
-
-class TokenCache: ...
-
-
-def is_token_cache(p):
-    return False
