@@ -1,4 +1,4 @@
-"""The command line: var-fast sample | edit | reconstruct | doctor | train.
+"""The command line: var-fast sample | edit | reconstruct | tokenize | doctor | train.
 
 torch, and with it everything heavy, is imported inside the commands, so that help and slips of the pen answer at once.
 """
@@ -19,6 +19,7 @@ from var_fast import cli_options as opt
 from var_fast import cli_work as work
 from var_fast.cli_arguments import parse_labels, parse_seeds, spread
 from var_fast.cli_edit import edit
+from var_fast.cli_tokenize import tokenize
 from var_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -244,6 +245,9 @@ def reconstruct(
         print(f"{sum(decibels) / len(decibels):6.2f} dB  mean")
     print(f"{seconds / len(images):.3f} seconds per image")
     print(f"picture: {out.absolute()}")
+
+
+app.command()(tokenize)
 
 
 # -------------------------------------------------------------------------------------------------- doctor and training
