@@ -197,10 +197,11 @@ def _prepare(out: Path, vae: VQVAE, settings: dict[str, Any], restart: bool) -> 
 
 
 def _clear(out: Path, shards_too: bool) -> None:
-    """Removes what killed runs left half written, and, for a new beginning, all files of the cache but the tokenizer."""
+    """Removes what killed runs left half written and, for a new beginning, index and shards: not the settings, which
+    show, should this be killed, that here lies a cache."""
     patterns = [r"\..*\.(part|tmp)"]
     if shards_too:
-        patterns += [r"(index|settings)\.json", rf"({'|'.join(SPLITS)})-\d{{5,}}\.(json|tokens\.npy|labels\.npy)"]
+        patterns += [r"index\.json", rf"({'|'.join(SPLITS)})-\d{{5,}}\.(json|tokens\.npy|labels\.npy)"]
     for path in [*out.iterdir(), *out.glob(f"{TOKENIZER}/.*")]:
         if any(re.fullmatch(pattern, path.name) for pattern in patterns):
             path.unlink()
