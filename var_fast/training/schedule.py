@@ -47,10 +47,10 @@ class Limits:
 def lr_factor(shape: str, progress: float, warmup: float, start: float, end: float) -> float:
     """Factor on the peak learning rate at `progress` of the run, in [0, 1]: the published schedules.
 
-    From `start` up to 1 in a straight line until `warmup`, then down to `end`. shape "cos": half a cosine; "lin", "lin0"
-    and "lin00": constant for the first 15%, 5%, 0% of the rest, then a line; "linT": a slow line until T, a steep one
-    after it (for progressive training until T); "exp": constant for 15%, then exponential. Raises UserError for another
-    shape.
+    From `start` up to 1 in a straight line until `warmup`, then down to `end`. shape "cos": half a cosine; "lin",
+    "lin0" and "lin00": constant for the first 15%, 5%, 0% of the rest, then a line; "linT": a slow line until T, a
+    steep one after it (for progressive training until T); "exp": constant for 15%, then exponential. Raises UserError
+    for another shape.
     """
     if progress < warmup:
         return start + (1 - start) * progress / warmup

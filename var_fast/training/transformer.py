@@ -204,7 +204,7 @@ class TransformerJob:
         return torch.rand(s.batch, generator=draw)[first : first + share] < s.cond_drop
 
     def _token_weights(self, step: int, tokens_BL: torch.Tensor) -> torch.Tensor | None:
-        """(B, L) in progressive training: every token counts 1 / (L of all scales), the newest scale's less at first."""
+        """(B, L) in progressive training: a token counts 1 / (L of all), one of the newest scale less at first."""
         if self.progressive is None:
             return None
         B, L = tokens_BL.shape
@@ -335,7 +335,8 @@ def _check_parallel(settings: TransformerSettings, ranks: Ranks, steps: int | No
     shares = ranks.count * settings.passes
     if settings.batch % shares:
         raise UserError(
-            f"batch: got {settings.batch}, expected a multiple of {shares}: {ranks.count} ranks, {settings.passes} passes"
+            f"batch: got {settings.batch}, expected a multiple of {shares} "
+            f"({ranks.count} ranks, {settings.passes} passes)"
         )
     if settings.parallel == "fsdp" and settings.precision == "float16":
         raise UserError("precision: got float16 with parallel fsdp, expected bfloat16 or float32 there")
