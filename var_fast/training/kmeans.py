@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from var_fast.ops import codebook_search
 
-SEED_ROUNDS = 16
+SEED_ROUNDS = 64
 CHUNK = 1 << 16
 """Vectors compared with the centres at a time."""
 

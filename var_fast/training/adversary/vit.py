@@ -12,8 +12,9 @@ from torch import nn
 from var_fast.errors import UserError
 from var_fast.training.weight_files import load_frozen, read_weights
 
-PATCH, HEAD = 16, 64
-"""Pixels of a patch's side, channels of an attention head: those of ViT-S/16 (384 channels, 6 heads, 12 blocks)."""
+PATCH, HEAD, LEAST_SIDE = 16, 64, 32
+"""Pixels of a patch's side, channels of an attention head: those of ViT-S/16 (384 channels, 6 heads, 12 blocks); and
+pixels of the smallest picture: the heads look at 9 tokens at once, around the ends of no fewer than 4."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DINO_FILE = "the published file dino_deitsmall16_pretrain.pth (ViT-S/16 trained by DINO)"
@@ -65,8 +66,8 @@ class VitFeatures(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] -> features (B, width, patches): before the first block, and after the last one
     of each quarter of the blocks. The class token is added to every patch, as Sauer et al. 2023 read features out.
 
-    Pictures whose side is no multiple of 16 are enlarged to the next one; position embeddings are interpolated to the
-    grid. Names of parameters are those of the published file.
+    Pictures whose side is no multiple of 16 are enlarged to the next one, and to 32 at least; position embeddings are
+    interpolated to the grid. Names of parameters are those of the published file.
     """
 
     def __init__(self, width: int = 384, depth: int = 12, grid: int = 14) -> None:
@@ -86,7 +87,7 @@ class VitFeatures(nn.Module):
         return [self.cls_token.shape[-1]] * (1 + len(self.read_after))
 
     def forward(self, img_B3HW: torch.Tensor) -> list[torch.Tensor]:
-        size = tuple(-(-side // PATCH) * PATCH for side in img_B3HW.shape[-2:])
+        size = tuple(max(LEAST_SIDE, -(-side // PATCH) * PATCH) for side in img_B3HW.shape[-2:])
         if size != tuple(img_B3HW.shape[-2:]):
             img_B3HW = F.interpolate(img_B3HW, size, mode="bilinear", align_corners=False)
         x_BLC = self.patch_embed((img_B3HW.add(1).mul(0.5) - self.mean) / self.deviation)
