@@ -21,7 +21,10 @@ def export_fid(
     var_ckpt: opt.Var = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images of each class.", rich_help_panel=opt.IMAGES)] = 50,
     seed: Annotated[
-        int, typer.Option(help="Image i has the seed SEED * 2^32 + i, and label i // PER_CLASS.", rich_help_panel=opt.IMAGES)
+        int,
+        typer.Option(
+            help="Image i has the seed SEED * 2^32 + i, and label i // PER_CLASS.", rich_help_panel=opt.IMAGES
+        ),
     ] = 0,
     cfg: opt.Cfg = 1.5,
     top_k: opt.TopK = 900,

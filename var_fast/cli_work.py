@@ -137,12 +137,21 @@ def memory_advice(advice: str) -> Iterator[None]:
 def progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, gone when done; yields the function that advances it."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     left = (TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, *left, console=console, transient=True, disable=not shown or not console.is_terminal) as bar:
+    with Progress(
+        *columns, *left, console=console, transient=True, disable=not shown or not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
