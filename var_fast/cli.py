@@ -195,7 +195,7 @@ def sample(
     work.print_summary(sampler, count, size, seconds, out, save_dir)
 
 
-def __print_labels(loaded: Checkpoint) -> None:
+def _print_labels(loaded: Checkpoint) -> None:
     for label in range(loaded.var.num_classes):
         print(f"{label:>4}  {loaded.classes[label]}" if loaded.classes else label)
 

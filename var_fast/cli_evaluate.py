@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,36 +23,57 @@ def reconstruction(
     model: opt.Model = "demo",
     vae_ckpt: opt.Vae = None,
     split: Annotated[str, typer.Option(help="Of a folder with train/ and val/: which of them.")] = "val",
-    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures at most; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, evenly over all; default: all.")] = None,
+    enlarge: Annotated[
+        float, typer.Option(help="The shorter side becomes so many times the model's size; the centre is cut out.")
+    ] = 1.0,
     json_file: Json = None,
     device: opt.Device = "auto",
     batch: opt.Batch = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read pictures; 0: none.", rich_help_panel=opt.MACHINE)
+    ] = 0,
 ) -> None:
     """How well a tokenizer gives pictures back: PSNR, SSIM, and which codes it uses at each scale.
 
-    Of each picture the centre square is taken and scaled to the model's size.
     Under torchrun the processes share the pictures.
     """
     _check_json(json_file)
     from var_fast.cli_models import image_size, load_tokenizer, pick_device
-    from var_fast.evaluation.pictures import picture_batches, pictures_of_split
+    from var_fast.evaluation.pictures import open_pictures_of
     from var_fast.evaluation.reconstruction import reconstruction_metrics
+    from var_fast.training.data import Augmentation, evaluation_batches, to_float
     from var_fast.training.ranks import join_ranks
 
-    files = pictures_of_split(data, split)[:limit]
+    source = open_pictures_of(data, split)
     with join_ranks(pick_device(device)) as ranks:
         vae = load_tokenizer(model, vae_ckpt).to(ranks.device)
         size = image_size(vae)
         batch = batch or work.default_batch(size, ranks.device.type)
-        own = files[ranks.rank :: ranks.count]
+        whole = -(-min(limit or len(source), len(source)) // ranks.count)
+        skipped: list[str] = []
+
+        def batches(advance):
+            place = dict(rank=ranks.rank, ranks=ranks.count)
+            looks = evaluation_batches(
+                source, Augmentation(size, enlarge), batch=batch, limit=limit, workers=workers, **place
+            )
+            for found in looks:
+                skipped.extend(found.skipped)
+                yield to_float(found.images_u8)
+                advance(len(found))
+
         with (
-            work.progress("reconstructing", len(own), shown=ranks.is_main) as advance,
+            work.progress("reconstructing", whole, shown=ranks.is_main) as advance,
             work.memory_advice(f"try a --batch below {batch}, or --device cpu"),
         ):
-            found = reconstruction_metrics(vae, picture_batches(own, size, batch, advance), ranks)
+            found = reconstruction_metrics(vae, batches(advance), ranks)
+        skipped = [name for names in ranks.gather(skipped) for name in names]
         if ranks.is_main:
+            if skipped:
+                print(f"{len(skipped)} pictures cannot be read and are left out: {skipped[0]} ...", file=sys.stderr)
             _print_reconstruction(found, list(vae.quantize.v_patch_nums))
-            _write_json(json_file, found)
+            _write_json(json_file, {**found, "unreadable": len(skipped)})
 
 
 @app.command()
@@ -77,7 +99,7 @@ def fid(
     """
     _check_json(json_file)
     from var_fast.cli_models import pick_device
-    from var_fast.evaluation.features import has_statistics, load_feature_network, picture_statistics
+    from var_fast.evaluation.features import count_pictures, has_statistics, load_feature_network, picture_statistics
     from var_fast.evaluation.fid import fid as distance
     from var_fast.training.ranks import join_ranks
 
@@ -86,9 +108,13 @@ def fid(
         raise UserError("--features is not given, expected a TorchScript file: only of mu and sigma is it not needed")
     with join_ranks(pick_device(device)) as ranks:
         network = None if all(ready) else load_feature_network(features, ranks.device)
-        with work.memory_advice(f"try a --batch below {batch}"):
+        share = sum(count_pictures(source) for source in (samples, reference)) // ranks.count
+        with (
+            work.progress("pictures", share, shown=ranks.is_main) as advance,
+            work.memory_advice(f"try a --batch below {batch}"),
+        ):
             of_samples, of_reference = (
-                picture_statistics(source, network, batch=batch, ranks=ranks, progress=work.progress)
+                picture_statistics(source, network, batch=batch, ranks=ranks, advance=advance)
                 for source in (samples, reference)
             )
             value = distance(of_samples, of_reference)

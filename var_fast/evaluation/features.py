@@ -13,8 +13,7 @@ from var_fast.checkpoint_files import first_line
 from var_fast.errors import UserError
 from var_fast.evaluation.fid import FeatureStatistics
 from var_fast.evaluation.npz import DAMAGED, members, open_pictures
-from var_fast.evaluation.pictures import find_pictures
-from var_fast.images import load_image
+from var_fast.evaluation.pictures import PictureFolder
 from var_fast.training.order import share_of
 from var_fast.training.ranks import Ranks
 
@@ -63,12 +62,13 @@ def picture_statistics(
     advance: Callable[[int], None] | None = None,
 ) -> FeatureStatistics:
     """Statistics of the features of all pictures in `source`: an .npz file (arr_0: uint8 (N, H, W, 3)) or a folder of
-    pictures of one size. An .npz file with mu and sigma has them ready, and they are taken as they are.
+    pictures of one size. An .npz file with mu and sigma has them ready, and they are taken as they are. `advance` is
+    told how many pictures of this rank are done.
 
     The ranks share the pictures. Raises UserError if something cannot be read, or the network gives no (B, D).
     """
     ranks, source = ranks or Ranks(), Path(source)
-    if source.is_file() and {"mu", "sigma"} <= members(source):
+    if has_statistics(source):
         return ready_statistics(source)
     statistics: FeatureStatistics | None = None
     with ranks.together(), closing(_shared_pictures(source, batch, ranks)) as pictures:
@@ -86,6 +86,21 @@ def picture_statistics(
     statistics = statistics or FeatureStatistics(widths.pop(), ranks.device)
     statistics.merge(ranks)
     return statistics
+
+
+def has_statistics(source: Path) -> bool:
+    """Whether `source` is an .npz file with mu and sigma. Raises UserError for another kind of file."""
+    return source.is_file() and {"mu", "sigma"} <= members(source)
+
+
+def count_pictures(source: Path) -> int:
+    """How many pictures `picture_statistics` has to look at. Raises UserError."""
+    if has_statistics(source):
+        return 0
+    if not source.is_file():
+        return len(PictureFolder(source))
+    with open_pictures(source, 1) as pictures:
+        return pictures.shape[0]
 
 
 def ready_statistics(file: Path) -> FeatureStatistics:
@@ -115,15 +130,20 @@ def _shared_pictures(source: Path, batch: int, ranks: Ranks) -> Iterator[np.ndar
             own = share_of(range(pictures.shape[0]), ranks.rank, ranks.count)
             yield from pictures.between(own.start, own.stop)
         return
-    files = find_pictures(source)
-    own = share_of(files, ranks.rank, ranks.count)
-    size = load_image(files[0]).shape
+    folder = PictureFolder(source)
+    own = share_of(range(len(folder)), ranks.rank, ranks.count)
+    size = _read(folder, 0).shape
     for start in range(0, len(own), batch):
-        arrays = []
-        for file in own[start : start + batch]:
-            image_3HW = load_image(file)
-            if image_3HW.shape != size:
-                ours, first = (f"{s[2]} x {s[1]}" for s in (image_3HW.shape, size))
-                raise UserError(f"picture {file} is {ours} pixels, expected {first} as {files[0]}")
-            arrays.append(image_3HW.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy())
+        arrays = [_read(folder, i) for i in own[start : start + batch]]
+        for i, array in zip(own[start:], arrays):
+            if array.shape != size:
+                found, expected = (f"{s[1]} x {s[0]} pixels" for s in (array.shape, size))
+                raise UserError(f"{folder.name(i)} is {found}, expected {expected} as {folder.name(0)}")
         yield np.stack(arrays)
+
+
+def _read(folder: PictureFolder, i: int) -> np.ndarray:
+    try:
+        return np.asarray(folder.read(i))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder.name(i)}: {first_line(error)}") from None
