@@ -51,10 +51,10 @@ class Job(Protocol):
         does not wait for them."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Numbers and lists of numbers about held-out pictures, the same on every rank; {} without such pictures."""
+        """Numbers and lists of numbers about held-out pictures, the same on every rank."""
 
-    def badness(self, metrics: dict[str, Any]) -> float:
-        """Of what evaluate() gave: the lower, the better."""
+    def badness(self, metrics: dict[str, Any]) -> float | None:
+        """Of what evaluate() gave: the lower, the better; None where it does not tell."""
 
     def tensors(self) -> dict[str, Any]:
         """Everything to go on from, in nested dicts: the very tensors in use, which loading fills."""
@@ -371,7 +371,7 @@ class _Run:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
         self.say(f"step {self.step}, {self.elapsed() / 60:.1f} min: {shown}")
         badness = self.job.badness(metrics)
-        if not badness < self.best:
+        if badness is None or not badness < self.best:
             return False
         self.best = badness
         self._write_model(self.out / "best")

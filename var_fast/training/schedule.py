@@ -70,6 +70,13 @@ def lr_factor(shape: str, progress: float, warmup: float, start: float, end: flo
     return 1 + (middle - 1) * done / bend if done < bend else end + (middle - end) * (1 - done) / (1 - bend)
 
 
+def cosine_factor(step: int, progress: float, warmup_steps: int, end: float) -> float:
+    """Factor on the peak learning rate: linear warm-up over `warmup_steps`, and half a cosine down to `end` at
+    progress 1."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warm * (end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
 def weight_decay_at(start: float, end: float, progress: float) -> float:
     """Half a cosine from `start` to `end`, as the published code anneals it."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
