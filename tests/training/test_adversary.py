@@ -120,7 +120,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch(vit_file):
     torch.manual_seed(0)
     img = torch.rand(4, 3, 32, 32) * 2 - 1
     vit = load_vit(vit_file)
-    for net in (PatchGan(32), lambda x, heads=DinoHeads(vit.widths).eval(): heads(vit(x))):
+    for net in (PatchGan(32), nn.Sequential(vit, DinoHeads(vit.widths).eval())):
         with torch.no_grad():
             whole, alone = net(img), torch.cat([net(one) for one in img.split(1)])
         torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
@@ -136,7 +136,13 @@ def reference_features(state, img):
     outputs = [x]
     for b in range(DEPTH):
         layer = nn.TransformerEncoderLayer(
-            WIDTH, WIDTH // 64, 4 * WIDTH, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True,
+            WIDTH,
+            WIDTH // 64,
+            4 * WIDTH,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=1e-6,
+            batch_first=True,
             norm_first=True,
         )
         names = {
@@ -148,8 +154,11 @@ def reference_features(state, img):
             "norm2.": "norm2.",
         }
         layer.load_state_dict(
-            {f"{ours}{kind}": state[f"blocks.{b}.{theirs}{kind}"] for ours, theirs in names.items() for kind in
-             ("weight", "bias")}
+            {
+                f"{ours}{kind}": state[f"blocks.{b}.{theirs}{kind}"]
+                for ours, theirs in names.items()
+                for kind in ("weight", "bias")
+            }
         )
         x = layer.train()(x)  # the training path: the other one may be fused
         outputs.append(x)
