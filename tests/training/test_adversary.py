@@ -120,8 +120,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch(vit_file):
     torch.manual_seed(0)
     img = torch.rand(4, 3, 32, 32) * 2 - 1
     vit = load_vit(vit_file)
-    heads = DinoHeads(vit.widths).eval()
-    for net in (PatchGan(32), lambda x: heads(vit(x))):
+    for net in (PatchGan(32), nn.Sequential(vit, DinoHeads(vit.widths).eval())):
         with torch.no_grad():
             whole, alone = net(img), torch.cat([net(one) for one in img.split(1)])
         torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.fake_pictures import FakePictures
 from var_fast.checkpoint import load_checkpoint
@@ -50,9 +54,9 @@ def make_job(settings: TokenizerSettings, ranks: Ranks | None = None, val=VAL, s
     return job
 
 
-def run_steps(job: TokenizerJob, first: int, last: int, of: int = 20) -> list[dict[str, float]]:
+def run_steps(job: TokenizerJob, first: int, last: int, of: int = 20, batches=None) -> list[dict[str, float]]:
     """As the loop does it: steps first .. last - 1 of a run of so many."""
-    batches, found = job.batches(first), []
+    batches, found = batches or job.batches(first), []
     for step in range(first, last):
         torch.manual_seed(step_seed(job.settings.seed, step))
         found.append({k: float(v) for k, v in job.step(step, step / of, next(batches)).items()})
@@ -85,7 +89,7 @@ OPTIONS = {
     "plain": {},
     "patchgan": dict(discriminator="patchgan", r1=1.0, r1_every=2, lecam=0.1),
     "dino": dict(discriminator="dino", r1=1.0, r1_every=2, gan_start=1, gan_warmup=2),
-    "fixed weight": dict(discriminator="patchgan", adaptive_weight=False),
+    "fixed weight": dict(discriminator="patchgan", adaptive_weight=False, gan=0.01),
     "lpips": dict(lpips=0.5),
     "rotation": dict(gradient="rotation", codebook_start="data"),
     "random codes, no revival": dict(codebook_start="random", revive_every=0),
@@ -97,14 +101,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_trains(name, weight_files):
-    """Means of the first two and the last two of 12 steps on twenty pictures; the runs are deterministic."""
+    """The loss of one batch falls when it is taken again and again; the runs are deterministic."""
     job = make_job(replace(TINY, **weight_files, **OPTIONS[name]))
-    found = run_steps(job, 0, 12)
+    found = run_steps(job, 0, 8, batches=repeat(next(job.batches(0))))
     assert all(row.keys() == found[0].keys() for row in found)
     for key, value in ((k, v) for row in found for k, v in row.items()):
         assert value == value and abs(value) < 1e6, key
-    first, last = (sum(row["loss"] for row in rows) for rows in (found[:2], found[-2:]))
-    assert last < 0.9 * first
+    assert found[-1]["loss"] < 0.9 * found[0]["loss"]
 
 
 def test_settings_choose_the_model():
@@ -114,7 +117,6 @@ def test_settings_choose_the_model():
     with torch.device("meta"):
         vae = build_tokenizer(published, test_mode=True)
     assert vae.config["v_patch_nums"] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and vae.downsample * 16 == published.size
-    assert sum(p.numel() for p in vae.parameters()) == 108_950_275  # of the published tokenizer
     assert TokenizerSettings(**TOKENIZER_PRESETS["small"]) == TokenizerSettings()
 
 
@@ -173,8 +175,7 @@ def test_gradients_are_those_of_the_losses_summed(weight_files, monkeypatch):
     job = make_job(settings)
     batch = next(job.batches(0))
     img = job._images(batch)
-    recon, _, vq_loss = copy.deepcopy(job.vae)(img) and job.vae(img)
-    job.vae.quantize.record_hit = 0
+    recon, _, vq_loss = job.vae(img)
     reconstruction = (recon - img).abs().mean() + (recon - img).square().mean() + 0.3 * job.lpips(recon, img).mean()
     adversarial = -job.adversary.network(recon).mean()
     last = job.vae.decoder.conv_out.weight
@@ -252,19 +253,60 @@ def test_codes_are_revived_in_windows_and_not_at_the_end(monkeypatch):
     assert job.code_use.steps == 1
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes a CPU wait for a GPU's answer."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITING and not name.startswith("unique"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_answer_of_the_device():
+    """But for the end of a window of code use, where codes are revived."""
+    job = make_job(replace(TINY, discriminator="patchgan", r1=1.0, lecam=0.1, gradient="rotation"))
+    batch = next(job.batches(0))
+    with NoWaiting():
+        for step in range(2):
+            job.step(step, 0.0, batch)
+    with pytest.raises(AssertionError, match="nonzero|_local_scalar_dense"), NoWaiting():
+        job.step(2, 0.0, batch)
+
+
 # ---------------------------------------------------------------------------------------------------- two ranks
 PAIRED = {
     "plain": dict(codebook_start="random"),
-    "patchgan": dict(codebook_start="random", discriminator="patchgan", r1=1.0, lecam=0.1, gradient="rotation"),
-    "dino": dict(codebook_start="random", discriminator="dino", r1=1.0, lecam=0.1),
+    "rotation": dict(codebook_start="random", gradient="rotation"),
+    "patchgan": dict(codebook_start="random", discriminator="patchgan", r1=1.0, lecam=0.1),
+    # Networks that enlarge the reconstruction's rounding are compared without it.
+    "float64: dino, lpips, rotation": dict(
+        codebook_start="random", discriminator="dino", r1=1.0, lecam=0.1, lpips=0.5, gradient="rotation"
+    ),
 }
+
+
+@contextmanager
+def computed_in(name: str) -> Iterator[None]:
+    """With a name that begins with float64, all that is made in the block is in float64, .float() included."""
+    if not name.startswith("float64"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def all_findings(weight_files: dict[str, str], ranks: Ranks) -> dict:
     """What is to be the same on two ranks as on one; collective."""
     found = {}
     for name, options in PAIRED.items():
-        with pytest.MonkeyPatch.context() as patch:
+        with computed_in(name), pytest.MonkeyPatch.context() as patch:
             job = make_job(replace(TINY, **weight_files, **options), ranks)
             gradients = catch_gradients(patch, job)
             metrics = job.step(0, 0.0, next(job.batches(0)))
@@ -300,8 +342,8 @@ def findings(tmp_path_factory, weight_files):
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_two_ranks_give_the_gradients_of_one_with_the_doubled_batch(name, findings):
-    """Every parameter of both networks; the difference relative to the parameter's gradient, or absolute where that is
-    small beside the largest."""
+    """Every parameter of both networks: the norm of the difference, relative to the norm of the largest gradient of the
+    network. In float32 it is 4 to 9e-7, in float64 1e-15."""
     *both, alone = (found[name] for found in findings)
     for rank in both:
         assert torch.equal(rank["hits"], alone["hits"])
@@ -310,8 +352,8 @@ def test_two_ranks_give_the_gradients_of_one_with_the_doubled_batch(name, findin
             ours = rank["gradients"][network]
             scale = max(float(g.norm()) for g in expected.values())
             worst = max(float((ours[n] - g).norm()) / scale for n, g in expected.items())
-            assert worst < 1e-6, (network, worst)
-    if name != "plain":
+            assert worst < (1e-12 if name.startswith("float64") else 1e-6), (network, worst)
+    if alone["weight"] is not None:
         torch.testing.assert_close(both[0]["weight"], alone["weight"], rtol=1e-5, atol=0)
 
 
@@ -365,7 +407,5 @@ def test_bad_settings_are_named(options, words):
 
 
 def test_a_batch_that_ranks_cannot_share_is_named():
-    with pytest.raises(UserError, match="batch: got 4"):
-        make_job(TINY, start=False).__class__(TINY, TRAIN, None, Ranks()).batches(0) and TokenizerJob(
-            replace(TINY, batch=0), TRAIN, None
-        )
+    with pytest.raises(UserError, match="batch: got 4, expected a multiple of 3"):
+        make_job(TINY, Ranks(count=3), start=False)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from var_fast.checkpoint import save_checkpoint
 from var_fast.errors import UserError
@@ -22,12 +21,14 @@ from var_fast.training.adversary.balance import adaptive_weight, last_layer_grad
 from var_fast.training.code_use import CodeUse
 from var_fast.training.codebook import revive_codes, start_codebook
 from var_fast.training.data import Augmentation, Batch, ImageSource, TrainBatches, evaluation_batches, to_float
+from var_fast.training.data.loader import check_batch
 from var_fast.training.ema import Ema
 from var_fast.training.files import weights_hash
 from var_fast.training.lpips import load_lpips
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
 from var_fast.training.order import step_seed
 from var_fast.training.ranks import Ranks
+from var_fast.training.replicas import average_gradients
 from var_fast.training.schedule import cosine_factor
 from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
 
@@ -59,6 +60,7 @@ class TokenizerJob:
         """
         self.settings, self.train, self.val = settings, train, val
         self.ranks = ranks = ranks or Ranks()
+        check_batch(settings.batch, ranks, parts=1)
         self.workers, self.val_images = workers, val_images
         self.skipped: set[str] = set()
         self.images_per_step = settings.batch
@@ -72,7 +74,7 @@ class TokenizerJob:
         self.ema = Ema(self.vae, average, s.ema)
         groups = weight_groups(self.vae, s.weight_decay, bare=("embedding",))
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), fused=True)
-        self.model = DistributedDataParallel(self.vae, broadcast_buffers=False) if ranks.count > 1 else self.vae
+        self.model = average_gradients(self.vae, ranks)
         self.lpips = load_lpips(s.lpips_weights, s.vgg_weights).to(device) if s.lpips > 0 else None
         self.adversary = build_adversary(
             s.discriminator,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from var_fast.training.adam_state import adam_tensors
 from var_fast.training.adversary.dino import DinoHeads
@@ -15,6 +14,7 @@ from var_fast.training.adversary.patchgan import PatchGan
 from var_fast.training.adversary.vit import load_vit
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
 from var_fast.training.ranks import Ranks
+from var_fast.training.replicas import average_gradients
 
 DISCRIMINATORS = ("none", "patchgan", "dino")
 LOGGED = ("disc_loss", "disc_real", "disc_fake", "disc_grad_norm")
@@ -49,7 +49,7 @@ class Adversary:
         self.lecam = LeCam(ranks.device)
         # The betas of Esser et al. 2021; a discriminator whose gradient turns must forget soon.
         self.optimizer = torch.optim.AdamW(weight_groups(network, 0.0), lr=lr, betas=(0.5, 0.9), fused=True)
-        self._judge = DistributedDataParallel(network, broadcast_buffers=False) if ranks.count > 1 else network
+        self._judge = average_gradients(self.network, ranks)
 
     def generator_loss(self, fake_B3HW: torch.Tensor) -> torch.Tensor:
         """What a reconstruction is told, (); its gradient reaches the pictures alone."""
