@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tests.training.data.pictures import write_folder
 from var_fast.training.run_checkpoints import RunCheckpoints, read_facts, resolve
 
-STEPS = 24
-SMALL = ["--batch", "4", "--log-every-steps", "2", "--save-every", "0", "--save-every-steps", "1", "--keep", "2"]
+STEPS = 40
+SMALL = ["--no-tensorboard", "--batch", "4", "--log-every-steps", "2", "--save-every", "0", "--save-every-steps", "1", "--keep", "2"]
 SHAPE = "--size 16 --ch 32 --ch-mult 1,1,1 --patch-nums 1,2,4 --vocab-size 24 --z-channels 4 --revive-every 5".split()
-TOKENIZER = ["tokenizer", *SHAPE, "--kmeans-batches", "1", "--eval-every-steps", "10", *SMALL]
-TRANSFORMER = "transformer --depth 2 --embed-dim 32 --num-heads 2 --drop-path 0.1 --eval-every-steps 10".split() + SMALL
+TOKENIZER = ["tokenizer", *SHAPE, "--kmeans-batches", "1", "--eval-every-steps", "16", *SMALL]
+TRANSFORMER = "transformer --depth 2 --embed-dim 32 --num-heads 2 --drop-path 0.1 --eval-every-steps 16".split() + SMALL
 
 
 def command(ranks: int, words: list[str]) -> list[str]:
@@ -93,12 +93,10 @@ def test_a_killed_run_goes_on_bitwise(tmp_path, images, cache, trainer, ranks):
     words = [*(TOKENIZER if trainer == "tokenizer" else TRANSFORMER), "--steps", STEPS]
     words += ["--data", images if trainer == "tokenizer" else cache]
     finish(ranks, [*words, "--out", tmp_path / "whole"])
-    draw, kills = random.Random(f"{trainer} {ranks}"), 0
+    draw = random.Random(f"{trainer} {ranks}")
     cut = [*words, "--out", tmp_path / "cut"]
-    while latest(tmp_path / "cut") < STEPS - 8:
-        kill_when_further(start(ranks, cut), tmp_path / "cut", draw.randint(1, 7), draw.random() * 0.1)
-        kills += 1
-    assert kills >= 2
+    for _ in range(2):
+        kill_when_further(start(ranks, cut), tmp_path / "cut", draw.randint(1, 7), draw.random() * 0.05)
     assert "resuming" in finish(ranks, cut)
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     for kind in ("model", "best"):
