@@ -1,4 +1,4 @@
-"""The command line: var-fast sample | edit | reconstruct | export-fid | evaluate | doctor | train.
+"""The command line: var-fast sample | edit | reconstruct | tokenize | train | export-fid | evaluate | doctor.
 
 torch, and with it everything heavy, is imported inside the commands, so that help and slips of the pen answer at once.
 """
@@ -21,6 +21,7 @@ from var_fast.cli_arguments import parse_labels, parse_seeds, spread
 from var_fast.cli_edit import edit
 from var_fast.cli_evaluate import app as evaluate
 from var_fast.cli_export_fid import export_fid
+from var_fast.cli_tokenize import tokenize
 from var_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -256,6 +257,9 @@ def reconstruct(
         print(f"{sum(decibels) / len(decibels):6.2f} dB  mean")
     print(f"{seconds / len(images):.3f} seconds per image")
     print(f"picture: {out.absolute()}")
+
+
+app.command()(tokenize)
 
 
 # -------------------------------------------------------------------------------------------------- doctor and training

@@ -1,4 +1,4 @@
-"""A toy run for the tests of checkpoints: few weights, but of every kind that a trainer saves; and processes to run it."""
+"""A toy run for the tests of checkpoints, few weights but of every kind that is saved; and processes to run it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which the optimizers import when first used: once here, not in every fork
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from var_fast.models.gradient_estimators import straight_through
 from var_fast.models.phi import Phi, build_phi
 from var_fast.ops import multiscale_quantize, pyramid_update
 from var_fast.ops.multiscale_quantize import bicubic_up, scale_position
@@ -21,7 +22,9 @@ def _world_size() -> int:
 class VectorQuantizer2(nn.Module):
     """Codes a feature map (B, Cvae, h, w) as token maps of growing sides `v_patch_nums`; one codebook for all scales.
 
-    `prog_si` >= 0 limits the work to scales up to that one (progressive training).
+    `prog_si` >= 0 limits the work to scales up to that one (progressive training). `pass_gradient(f, f_hat)` returns
+    f_hat, and passes its gradient on to f (`var_fast.models.gradient_estimators`). `hit_SV`: how often each code was
+    chosen at each scale in the last training step, by all ranks together; None before the first.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class VectorQuantizer2(nn.Module):
         self.record_hit = 0
         self.embedding = nn.Embedding(vocab_size, Cvae)
         self.prog_si = -1
+        self.pass_gradient = straight_through
+        self.hit_SV: torch.Tensor | None = None
 
     def eini(self, eini: float) -> None:
         """Initialise the codebook: eini > 0 truncated normal of that deviation, < 0 uniform in +-|eini| /
@@ -68,7 +73,7 @@ class VectorQuantizer2(nn.Module):
     def forward(
         self, f_BChw: torch.Tensor, ret_usages: bool = False
     ) -> tuple[torch.Tensor, list[float] | None, torch.Tensor]:
-        """Training step of the quantizer: (f_hat with straight-through gradient, code use per scale in %, VQ loss).
+        """Training step of the quantizer: (f_hat, which passes its gradient on to f, code use per scale in %, VQ loss).
 
         The loss is the mean over scales of |f_hat_k - sg(f)|^2 + beta |sg(f_hat_k) - f|^2, f_hat_k the sum up to
         scale k. In training mode the code counts (summed over ranks) enter `ema_vocab_hit_SV`; `record_hit` counts
@@ -92,18 +97,20 @@ class VectorQuantizer2(nn.Module):
                 on_scale=add_loss,
             )
             vq_loss = torch.stack(losses).mean()
-            f_hat_BChw = (f_hat_BChw.detach() - f_no_grad_BChw) + f_BChw
+            f_hat_BChw = self.pass_gradient(f_BChw, f_hat_BChw)
         if self.training:
             self._record_code_use(idx_Bl_per_scale)
         return f_hat_BChw, self._code_use_percent(f_BChw) if ret_usages else None, vq_loss
 
     @torch.no_grad()
     def _record_code_use(self, idx_Bl_per_scale: list[torch.Tensor]) -> None:
-        hit_SV = torch.stack(
-            [idx_Bl.reshape(-1).bincount(minlength=self.vocab_size) for idx_Bl in idx_Bl_per_scale]
-        ).to(self.ema_vocab_hit_SV.dtype)
+        hit_SV = torch.zeros_like(self.ema_vocab_hit_SV)
+        for hit_V, idx_Bl in zip(hit_SV, idx_Bl_per_scale):
+            # Not bincount, for which the CPU would wait for the GPU.
+            hit_V.scatter_add_(0, idx_Bl.reshape(-1), hit_V.new_ones(()).expand(idx_Bl.numel()))
         if _world_size() > 1:
             dist.all_reduce(hit_SV)
+        self.hit_SV = hit_SV
         keep = 0.0 if self.record_hit == 0 else 0.9 if self.record_hit < 100 else 0.99
         self.ema_vocab_hit_SV.mul_(keep).add_(hit_SV, alpha=1 - keep)
         self.record_hit += 1

@@ -21,7 +21,7 @@ from var_fast.training.recipes import TRANSFORMER_PRESETS
 from var_fast.training.schedule import Limits
 from var_fast.training.settings import takes_settings
 from var_fast.training.tokenizer import TOKENIZER_PRESETS, TokenizerSettings
-from var_fast.training.transformer import TransformerSettings
+from var_fast.training.transformer_settings import TransformerSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 RUN, DATA = "The run", "Data"
 
-Out = Annotated[Path, typer.Option(help="Folder of the run; an unfinished one there is continued.", rich_help_panel=RUN)]
+Out = Annotated[
+    Path, typer.Option(help="Folder of the run; an unfinished one there is continued.", rich_help_panel=RUN)
+]
 Steps = Annotated[int | None, typer.Option(help="Length of the run in steps.", rich_help_panel=RUN)]
 Epochs = Annotated[float | None, typer.Option(help="Length of the run in passes over the data.", rich_help_panel=RUN)]
 Minutes = Annotated[
@@ -92,7 +94,8 @@ def _limits(
 @takes_settings(TokenizerSettings)
 def tokenizer(
     data: Annotated[
-        Path, typer.Option(help="Folder with train/ and val/ of class folders, or webdataset shards.", rich_help_panel=DATA)
+        Path,
+        typer.Option(help="Folder with train/ and val/ of class folders, or webdataset shards.", rich_help_panel=DATA),
     ],
     settings: dict[str, Any],
     out: Out = Path("runs/tokenizer"),
@@ -236,7 +239,9 @@ def _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_i
         cache = TokenCache.open(data)
         vae = cache.tokenizer()
         if given and weights_hash(load_tokenizer(tokenizer or "demo", vae_ckpt)) != cache.tokenizer_hash:
-            raise UserError(f"tokenizer: {tokenizer or vae_ckpt} is not the one that the token cache {data} was made by")
+            raise UserError(
+                f"tokenizer: {tokenizer or vae_ckpt} is not the one that the token cache {data} was made by"
+            )
         source = CachedTokens(cache, val_images)
     else:
         if not given:
@@ -273,7 +278,9 @@ class SavedType(str, Enum):
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: config.json and .safetensors files.")],
-    best: Annotated[bool, typer.Option("--best", help="Weights of the best evaluation instead of the last ones.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Weights of the best evaluation instead of the last ones.")
+    ] = False,
     dtype: Annotated[SavedType, typer.Option(help="Number type of the weights.")] = SavedType.bfloat16,
 ) -> None:
     """Write a run's averaged weights as a folder for sampling or sharing, in half the size."""

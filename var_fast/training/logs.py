@@ -104,5 +104,7 @@ def _start_wandb(project: str, out: Path):
     try:
         import wandb
     except ImportError:
-        raise UserError("wandb: Weights & Biases is not installed; pip install wandb, or leave the option out") from None
+        raise UserError(
+            "wandb: Weights & Biases is not installed; pip install wandb, or leave the option out"
+        ) from None
     return wandb.init(project=project, name=out.name, dir=str(out), id=out.name, resume="allow")

@@ -51,10 +51,10 @@ class Job(Protocol):
         does not wait for them."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Numbers and lists of numbers about held-out pictures, the same on every rank; {} without such pictures."""
+        """Numbers and lists of numbers about held-out pictures, the same on every rank."""
 
-    def badness(self, metrics: dict[str, Any]) -> float:
-        """Of what evaluate() gave: the lower, the better."""
+    def badness(self, metrics: dict[str, Any]) -> float | None:
+        """Of what evaluate() gave: the lower, the better; None where it does not tell."""
 
     def tensors(self) -> dict[str, Any]:
         """Everything to go on from, in nested dicts: the very tensors in use, which loading fills."""
@@ -194,6 +194,7 @@ class _Run:
         self.console = console if self.is_main else Console(quiet=True)
         self.step, self.before_s, self.metrics = 0, 0.0, {}
         self.best = math.inf
+        self.evaluated_step = self.drawn_step = -1
         self.window = _Window(self.ranks)
         self.watch = _LossWatch(cadence.diverged_at)
         self.known_skipped: set[str] = set()
@@ -211,6 +212,9 @@ class _Run:
                 self._make_folder(anew=resume == "never")
         self.checkpoints = RunCheckpoints(self.out / "checkpoints", self.ranks, self.cadence.keep)
         place = self.checkpoints.latest() if resume in ("auto", "never") else resolve(resume)
+        newest = self.checkpoints.latest()
+        if place is not None and place.parent == self.checkpoints.folder and place != newest:
+            raise UserError(f"resume: {place} is older than {newest} in the same run, expected another --out for it")
         if place is None:
             self.job.start()
         else:
@@ -277,12 +281,12 @@ class _Run:
                 self._fall_due(show, save_due, evaluation_due)
             self.watch.settle(self._failed)
             show(self.progress(), "")
-        if finished:
-            self.evaluate()
+        best = finished and self.evaluated_step != self.step and self.evaluate()
+        if finished and self.drawn_step != self.step:
             self.draw_samples()
-        self.save(wait=True)
+        self.save(best=best, wait=True)
+        self._write_model(self.out / "model")
         if finished:
-            self._write_model(self.out / "model")
             self.say(f"done: {self.step} steps in {self.elapsed() / 60:.1f} min; the model is {self.out / 'model'}")
         else:
             self.say(
@@ -358,7 +362,7 @@ class _Run:
     def evaluate(self) -> bool:
         """Held-out numbers into the log; whether they are the best so far."""
         metrics = self.job.evaluate()
-        self.evaluated_at = time.monotonic()
+        self.evaluated_at, self.evaluated_step = time.monotonic(), self.step
         if not metrics:
             return False
         self.metrics = metrics
@@ -367,7 +371,7 @@ class _Run:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
         self.say(f"step {self.step}, {self.elapsed() / 60:.1f} min: {shown}")
         badness = self.job.badness(metrics)
-        if not badness < self.best:
+        if badness is None or not badness < self.best:
             return False
         self.best = badness
         self._write_model(self.out / "best")
@@ -375,6 +379,7 @@ class _Run:
 
     def draw_samples(self) -> None:
         """A picture of how far it is."""
+        self.drawn_step = self.step
         path = self.out / "samples" / f"step-{self.step:08d}.png"
         with self.ranks.together():
             if self.is_main:
@@ -415,12 +420,15 @@ class _Run:
             where = f"its batch is in {path}"
         except UserError as error:
             where = str(error)
-        last = self.checkpoints.latest()
-        kept = f"{last} is from before" if last else "no checkpoint was saved yet"
+        try:  # no collective call here: it may be this rank alone that fails
+            self.checkpoints.wait()
+            kept = f"{resolve(self.out)} is from before"
+        except UserError as error:
+            kept = str(error) if "cannot write" in str(error) else "no checkpoint was saved yet"
         raise UserError(f"{why} at step {step}; {where}; {kept}: try a lower learning rate")
 
     def close(self) -> None:
-        """Ends what goes on in the background, without hiding the error of a run that failed."""
+        """Closes the log."""
         if self.log is not None:
             self.log.close()
 
@@ -435,7 +443,9 @@ class _Run:
         )
         with Progress(*columns, console=self.console, disable=not self.is_main) as bar:
             task = bar.add_task(self.job.kind, total=1.0, note="")
-            yield lambda progress, note: bar.update(task, completed=progress, note=note or bar.tasks[task].fields["note"])
+            yield lambda progress, note: bar.update(
+                task, completed=progress, note=note or bar.tasks[task].fields["note"]
+            )
 
 
 class _LossWatch:

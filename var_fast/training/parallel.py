@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,8 @@ def parallelise(model: nn.Module, ranks: Ranks, strategy: str = "ddp", blocks: I
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # The blocks hand on a gate that is a view; nothing is done to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -27,9 +27,7 @@ class Limits:
             raise UserError(f"minutes: got {self.minutes}, expected more than 0")
 
     @classmethod
-    def of(
-        cls, steps: int | None, epochs: float | None, minutes: float | None, *, images: int, batch: int
-    ) -> Limits:
+    def of(cls, steps: int | None, epochs: float | None, minutes: float | None, *, images: int, batch: int) -> Limits:
         """The limits a user gave; an epoch is `images` images, `batch` a step."""
         if epochs is not None:
             if steps is not None:
@@ -49,10 +47,10 @@ class Limits:
 def lr_factor(shape: str, progress: float, warmup: float, start: float, end: float) -> float:
     """Factor on the peak learning rate at `progress` of the run, in [0, 1]: the published schedules.
 
-    From `start` up to 1 in a straight line until `warmup`, then down to `end`. shape "cos": half a cosine; "lin", "lin0"
-    and "lin00": constant for the first 15%, 5%, 0% of the rest, then a line; "linT": a slow line until T, a steep one
-    after it (for progressive training until T); "exp": constant for 15%, then exponential. Raises UserError for another
-    shape.
+    From `start` up to 1 in a straight line until `warmup`, then down to `end`. shape "cos": half a cosine; "lin",
+    "lin0" and "lin00": constant for the first 15%, 5%, 0% of the rest, then a line; "linT": a slow line until T, a
+    steep one after it (for progressive training until T); "exp": constant for 15%, then exponential. Raises UserError
+    for another shape.
     """
     if progress < warmup:
         return start + (1 - start) * progress / warmup
@@ -70,6 +68,13 @@ def lr_factor(shape: str, progress: float, warmup: float, start: float, end: flo
     bend = float(found[1])
     middle = (1 + end + (1 - end) * (1 - bend)) / 2
     return 1 + (middle - 1) * done / bend if done < bend else end + (middle - end) * (1 - done) / (1 - bend)
+
+
+def cosine_factor(step: int, progress: float, warmup_steps: int, end: float) -> float:
+    """Factor on the peak learning rate: linear warm-up over `warmup_steps`, and half a cosine down to `end` at
+    progress 1."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warm * (end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def weight_decay_at(start: float, end: float, progress: float) -> float:

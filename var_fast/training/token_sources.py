@@ -115,7 +115,12 @@ class EncodedImages:
         if self._held_out is None:
             pieces = []
             for batch in evaluation_batches(
-                self.val, self.augmentation, batch=64, rank=ranks.rank, ranks=ranks.count, limit=self._limit,
+                self.val,
+                self.augmentation,
+                batch=64,
+                rank=ranks.rank,
+                ranks=ranks.count,
+                limit=self._limit,
                 workers=self.workers,
             ):
                 self.skipped.update(batch.skipped)

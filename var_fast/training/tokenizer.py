@@ -1,254 +1,287 @@
-"""Training the multi-scale tokenizer (VQVAE): reconstruction, codebook and commitment loss, revival of dead codes."""
+"""Training the multi-scale tokenizer (VQVAE; VAR section 3.1): reconstruction, codebook, perceptual and adversarial
+losses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import nn
 
+from var_fast.checkpoint import save_checkpoint
 from var_fast.errors import UserError
+from var_fast.images import make_grid, save_png
 from var_fast.models import VQVAE
-from var_fast.training.augment import random_flip, shift_zoom
-from var_fast.training.checks import check_settings, user_errors
-from var_fast.training.codebook import code_rows_used, revive_codes
+from var_fast.ops.multiscale_quantize import scale_position
+from var_fast.training.adam_state import adam_tensors
+from var_fast.training.adversary import LOGGED, build_adversary
+from var_fast.training.adversary.balance import adaptive_weight, last_layer_gradients
+from var_fast.training.code_use import CodeUse
+from var_fast.training.codebook import revive_codes, start_codebook
+from var_fast.training.data import Augmentation, Batch, ImageSource, TrainBatches, evaluation_batches, to_float
+from var_fast.training.data.loader import check_batch
 from var_fast.training.ema import Ema
-from var_fast.training.emoji import EmojiSet, load_emoji, to_float
-from var_fast.training.files import contents_of, load_state
-from var_fast.training.loop import Cadence, Outcome, batch_indices, run_loop, step_seed
-from var_fast.training.metrics import tokenizer_metrics
-from var_fast.training.schedule import Limits, lr_factor
+from var_fast.training.files import weights_hash
+from var_fast.training.lpips import load_lpips
+from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
+from var_fast.training.order import step_seed
+from var_fast.training.ranks import Ranks
+from var_fast.training.replicas import average_gradients
+from var_fast.training.schedule import cosine_factor
+from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
 
+__all__ = ["TOKENIZER_PRESETS", "TokenizerJob", "TokenizerSettings", "build_tokenizer"]
 
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """What a tokenizer run is made of; the defaults are the demo's. A resumed run must have the same."""
-
-    size: int = 32
-    vocab_size: int = 2048
-    z_channels: int = 16
-    ch: int = 32
-    ch_mult: tuple[int, ...] = (1, 2, 2)
-    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
-    beta: float = 0.25
-    batch: int = 32
-    lr: float = 1e-3
-    final_lr: float = 0.02  # of lr
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    l1: float = 1.0
-    l2: float = 1.0
-    vq: float = 1.0
-    ema: float = 0.995
-    revive_every: int = 100  # steps; 0: never
-    revive_below: float = 0.02  # a code used in a smaller part of the window's steps is dead
-    revive_until: float = 0.8  # of the run: the last part only anneals
-    flip: bool = True
-    zoom: float = 0.0  # probability that a batch is scaled and shifted
-    channels_last: bool = True
-    skin_variants: int = 2
-    seed: int = 0
-
-
-def build_tokenizer(settings: TokenizerSettings, *, test_mode: bool) -> VQVAE:
-    """The VQVAE that `settings` describe. Raises UserError for settings that describe none."""
-    check_settings(settings)
-    down = 2 ** (len(settings.ch_mult) - 1)
-    side = settings.patch_nums[-1]
-    if settings.size != down * side:
-        raise UserError(
-            f"size: got {settings.size}, expected {down} * {side} = {down * side} "
-            f"(down-sampling of ch_mult {settings.ch_mult} times the last of patch_nums)"
-        )
-    with user_errors("the tokenizer"):
-        return VQVAE(
-            vocab_size=settings.vocab_size,
-            z_channels=settings.z_channels,
-            ch=settings.ch,
-            beta=settings.beta,
-            v_patch_nums=settings.patch_nums,
-            test_mode=test_mode,
-            ch_mult=settings.ch_mult,
-        )
-
-
-def weight_groups(model: nn.Module, weight_decay: float, bare: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """AdamW groups: decay on matrices and kernels; none on vectors, nor on names that contain a word of `bare`."""
-    decayed, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (others if p.ndim < 2 or any(word in name for word in bare) else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """Scales the gradients down to a norm of at most `limit` and returns their norm. Raises UserError where it is not
-    finite: the step must not be applied, or the weights, and the next checkpoint, would be lost."""
-    try:
-        return nn.utils.clip_grad_norm_(model.parameters(), limit, error_if_nonfinite=True)
-    except RuntimeError as error:
-        raise UserError("the gradient is not finite any more; the last checkpoint is intact: try a lower lr") from error
+SAMPLES = 16  # pictures in a sample sheet
+REPORT_EVERY = 100  # steps of a window of code use, where codes are not revived
 
 
 class TokenizerJob:
-    """One tokenizer in training; run_loop drives it."""
+    """One tokenizer in training; the loop drives it."""
 
     kind = "tokenizer"
 
     def __init__(
-        self, settings: TokenizerSettings, data: EmojiSet, source_u8: torch.Tensor, device: str = "cpu"
+        self,
+        settings: TokenizerSettings,
+        train: ImageSource,
+        val: ImageSource | None,
+        ranks: Ranks | None = None,
+        *,
+        workers: int = 0,
+        val_images: int | None = None,
     ) -> None:
-        """data: pictures of the trained size. source_u8: the same pictures, as large as there are, for zooming."""
-        self.settings = settings
+        """val: held-out pictures to evaluate on, if any, `val_images` of them at most. workers: processes that decode
+        pictures, for each rank.
+
+        Raises UserError for settings that make no sense, and for weight files that are missing or of another kind.
+        """
+        self.settings, self.train, self.val = settings, train, val
+        self.ranks = ranks = ranks or Ranks()
+        check_batch(settings.batch, ranks, parts=1)
+        self.workers, self.val_images = workers, val_images
+        self.skipped: set[str] = set()
         self.images_per_step = settings.batch
-        train = ~data.held_out
-        self.train_u8, self.held_out_u8 = data.images_u8[train], data.images_u8[data.held_out]
-        self.source_u8 = source_u8[train]
-        torch.manual_seed(step_seed(settings.seed, -1))
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.vae = build_tokenizer(settings, test_mode=False).to(device).to(memory_format=layout)
-        average = build_tokenizer(settings, test_mode=True).to(device).to(memory_format=layout)
-        self.device, self.layout = device, layout
-        self.ema = Ema(self.vae, average, settings.ema)
-        self.optimizer = torch.optim.AdamW(
-            weight_groups(self.vae, settings.weight_decay, bare=("embedding",)), lr=settings.lr, betas=(0.9, 0.99)
+        s, device = settings, ranks.device
+        self.augmentation = Augmentation(s.size, enlarge=s.enlarge, flip=s.flip)
+        self.layout = torch.channels_last if s.channels_last else torch.contiguous_format
+        torch.manual_seed(step_seed(s.seed, -1))
+        self.vae = build_tokenizer(s, test_mode=False).to(device).to(memory_format=self.layout).train()
+        _freeze_unused_phi(self.vae)
+        average = build_tokenizer(s, test_mode=True).to(device).to(memory_format=self.layout)
+        self.ema = Ema(self.vae, average, s.ema)
+        groups = weight_groups(self.vae, s.weight_decay, bare=("embedding",))
+        self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), fused=True)
+        self.model = average_gradients(self.vae, ranks)
+        self.lpips = load_lpips(s.lpips_weights, s.vgg_weights).to(device) if s.lpips > 0 else None
+        self.adversary = build_adversary(
+            s.discriminator,
+            ranks,
+            size=s.size,
+            dino_weights=s.dino_weights,
+            lr=s.disc_lr,
+            clip=s.clip,
+            r1=s.r1,
+            r1_every=s.r1_every,
+            lecam=s.lecam,
         )
-        self.steps_used_V = torch.zeros(settings.vocab_size, dtype=torch.int64, device=device)
-        self.steps_watched = 0
-        self.use_percent = 0.0
-        self.vae.train()
+        self.code_use = CodeUse(len(s.patch_nums), s.vocab_size, device)
+        judges = {"lpips": self.lpips, "features": self.adversary.features if self.adversary else None}
+        self._hashes = {f"{name}_hash": judge and weights_hash(judge) for name, judge in judges.items()}
 
-    def batch(self, step: int) -> torch.Tensor:
-        """(B, 3, S, S) in [-1, 1]: the pictures of this step, flipped, and scaled now and then."""
+    def start(self) -> None:
+        """The first codes of a fresh run, and of its average. Collective."""
         s = self.settings
-        rows = batch_indices(len(self.train_u8), s.batch, step, s.seed)
-        draw = torch.Generator().manual_seed(step_seed(s.seed, step))
-        if float(torch.rand((), generator=draw)) < s.zoom:
-            img = shift_zoom(to_float(self.source_u8[rows]), s.size, draw)
-        else:
-            img = to_float(self.train_u8[rows])
-        if s.flip:
-            img = random_flip(img, draw)
-        return img.to(self.device, memory_format=self.layout)
+        batches = (self._images(batch) for batch in islice(self.batches(0), s.kmeans_batches))
+        start_codebook(self.vae, s.codebook_start, batches, step_seed(s.seed, -1), self.ranks)
+        self.ema.average.quantize.embedding.weight.copy_(self.vae.quantize.embedding.weight.detach())
 
-    def step(self, step: int, progress: float) -> dict[str, torch.Tensor]:
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """This rank's share of every step from there on."""
         s = self.settings
-        img = self.batch(step)
-        if step == 0:
-            # A data-made start: with every code at zero, all vectors are badly served and all codes are dead.
-            nn.init.zeros_(self.vae.quantize.embedding.weight)
-            revive_codes(self.vae, torch.ones_like(self.steps_used_V, dtype=torch.bool), img, average=self.ema.average)
-        lr = s.lr * lr_factor(step, progress, warmup_steps=s.warmup_steps, final=s.final_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        recon, _, vq_loss = self.vae(img)
-        difference = recon - img
-        l1, l2 = difference.abs().mean(), difference.square().mean()
-        loss = s.l1 * l1 + s.l2 * l2 + s.vq * vq_loss
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.steps_used_V += code_rows_used(self.vae.quantize.embedding.weight.grad)
-        self.steps_watched += 1
-        norm = clip_gradients(self.vae, s.clip)
-        self.optimizer.step()
+        batches = TrainBatches(
+            self.train,
+            self.augmentation,
+            batch=s.batch,
+            seed=s.seed,
+            ranks=self.ranks,
+            first_step=first_step,
+            workers=self.workers,
+        )
+        for batch in batches:
+            self.skipped.update(batch.skipped)
+            yield batch
+
+    def step(self, step: int, progress: float, batch: Batch) -> dict[str, torch.Tensor]:
+        """One step of learning; scalars on the device, means over this rank's share.
+
+        The losses are differentiated to the reconstruction first, each once; what they add up to there goes on
+        through the model.
+        """
+        s = self.settings
+        img = self._images(batch)
+        rate = cosine_factor(step, progress, s.warmup_steps, s.final_lr)
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
+            recon, _, vq_loss = self.model(img)
+        recon = recon.float()
+        fake = recon.detach().requires_grad_()
+        loss, metrics = self._reconstruction_loss(fake, img)
+        (grad,) = torch.autograd.grad(loss, fake)
+        if self.adversary is not None:
+            adversarial, found = self._adversarial_gradient(step, recon, fake, grad)
+            grad = grad if adversarial is None else grad + adversarial
+            metrics |= found
+        torch.autograd.backward([recon, vq_loss], [grad, torch.full_like(vq_loss, s.vq)])
+        set_rates(self.optimizer, s.lr * rate)
+        norm = clip_and_step(self.optimizer, self.vae.parameters(), s.clip)
         self.ema.update(step)
+        self.code_use.add(self.vae.quantize.hit_SV)
+        if self.adversary is not None:
+            metrics |= self._teach_adversary(step, img, fake, s.disc_lr * rate)
         self._revive(step, progress, img)
-        psnr = -10.0 * torch.log10(l2.detach() / 4.0)
         return {
-            "loss": loss.detach(),
-            "l1": l1.detach(),
-            "psnr_db": psnr,
+            "loss": (loss + s.vq * vq_loss).detach(),
+            **metrics,
             "vq_loss": vq_loss.detach(),
             "grad_norm": norm.detach(),
-            "code_use_percent": torch.tensor(self.use_percent),
-            "lr": torch.tensor(lr),
+            "code_use_percent": self.code_use.percent(),
+            "lr": self._scalar(s.lr * rate),
         }
+
+    def _images(self, batch: Batch) -> torch.Tensor:
+        """(B, 3, S, S) in [-1, 1], on the device, in the layout of the model."""
+        images_u8 = batch.images_u8.to(self.ranks.device, non_blocking=True)
+        return to_float(images_u8).contiguous(memory_format=self.layout)
+
+    def _scalar(self, value: float) -> torch.Tensor:
+        """On the device, without a copy that the CPU would wait for."""
+        return torch.full((), value, device=self.ranks.device)
+
+    def _reconstruction_loss(self, fake, img) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        s = self.settings
+        difference = fake - img
+        l1, l2 = difference.abs().mean(), difference.square().mean()
+        loss = s.l1 * l1 + s.l2 * l2
+        metrics = {"l1": l1.detach(), "psnr_db": -10.0 * torch.log10(l2.detach() / 4.0)}
+        if self.lpips is not None:
+            perceptual = self.lpips(fake, img).mean()
+            loss = loss + s.lpips * perceptual
+            metrics["lpips"] = perceptual.detach()
+        return loss, metrics
+
+    def _adversarial_gradient(self, step, recon, fake, grad) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """What the discriminator adds to the gradient at the reconstruction; None before it starts."""
+        s = self.settings
+        if step < s.gan_start:
+            return None, {"gan_loss": self._scalar(0.0), "gan_weight": self._scalar(0.0)}
+        loss = self.adversary.generator_loss(fake)
+        (adversarial,) = torch.autograd.grad(loss, fake)
+        weight = self._scalar(s.gan * min(1.0, (step - s.gan_start + 1) / max(1, s.gan_warmup)))
+        if s.adaptive_weight:
+            last_layer = self.vae.decoder.conv_out.weight
+            pulls = last_layer_gradients(recon, last_layer, [grad, adversarial], self.ranks)
+            weight = weight * adaptive_weight(*pulls, s.adaptive_most)
+        return weight * adversarial, {"gan_loss": loss.detach(), "gan_weight": weight}
+
+    def _teach_adversary(self, step, img, fake, lr) -> dict[str, torch.Tensor]:
+        if step >= self.settings.gan_start:
+            return self.adversary.step(img, fake, step, lr)
+        return dict.fromkeys(LOGGED, self._scalar(0.0))
 
     def _revive(self, step: int, progress: float, img: torch.Tensor) -> None:
         """At the end of a window, move dead codes; windows are short at first, when the encoder moves fast."""
         s = self.settings
-        window = min(s.revive_every, 20) if step < 2 * s.revive_every else s.revive_every
-        if not window or self.steps_watched < window:
+        window = min(s.revive_every, 20) if step < 2 * s.revive_every else s.revive_every or REPORT_EVERY
+        if self.code_use.steps < window:
             return
-        self.use_percent = 100.0 * float((self.steps_used_V > 0).float().mean())
-        if progress < s.revive_until:
-            dead_V = self.steps_used_V <= s.revive_below * self.steps_watched
-            revive_codes(self.vae, dead_V, img, optimizer=self.optimizer, average=self.ema.average)
-        self.steps_used_V.zero_()
-        self.steps_watched = 0
+        if s.revive_every and progress < s.revive_until:
+            dead_V = self.code_use.dead_V(s.revive_below)
+            revive_codes(
+                self.vae,
+                dead_V,
+                img,
+                step_seed(s.seed, step),
+                ranks=self.ranks,
+                optimizer=self.optimizer,
+                average=self.ema.average,
+            )
+        self.code_use.close(s.revive_below)
 
     def evaluate(self) -> dict[str, Any]:
-        """Held-out PSNR and code use of the averaged weights."""
-        held_out = {f"held_out_{k}": v for k, v in tokenizer_metrics(self.ema.average, self.held_out_u8).items()}
-        return {**held_out, "window_code_use_percent": self.use_percent}
+        """The averaged weights on the held-out pictures (PSNR, SSIM, code use and perplexity per scale), and the code
+        use of the last window of training steps. Collective; the same on every rank."""
+        from var_fast.evaluation.reconstruction import reconstruction_metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
+        found = {}
+        if self.val is not None:
+            share = max(1, self.settings.batch // self.ranks.count)
+            where = dict(rank=self.ranks.rank, ranks=self.ranks.count, workers=self.workers)
+            batches = evaluation_batches(self.val, self.augmentation, batch=share, limit=self.val_images, **where)
+            metrics = reconstruction_metrics(self.ema.average, map(self._images, batches), self.ranks)
+            found = {f"val_{name}": value for name, value in metrics.items()}
+        return {**found, **self.code_use.report()}
+
+    def badness(self, metrics: dict[str, Any]) -> float | None:
+        """By the held-out PSNR."""
+        return -metrics["val_psnr_db"] if "val_psnr_db" in metrics else None
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything to go on from, with `facts`: the very tensors in use, to be saved, or filled in place."""
+        found = {
             "model": self.vae.state_dict(),
             "ema": self.ema.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps_used_V": self.steps_used_V,
-            "steps_watched": self.steps_watched,
-            "use_percent": self.use_percent,
+            "optimizer": adam_tensors(self.vae, self.optimizer),
+            "code_use": self.code_use.tensors(),
+        }
+        return found if self.adversary is None else {**found, "adversary": self.adversary.tensors()}
+
+    def facts(self) -> dict[str, Any]:
+        """The rest, for JSON. Hashes tell which fixed networks the run is judged by, wherever their files lie."""
+        return {
+            "watched_steps": self.code_use.steps,
             "record_hit": self.vae.quantize.record_hit,
+            **self._hashes,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.vae.load_state_dict(state["model"])
-        self.ema.average.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_used_V.copy_(state["steps_used_V"])
-        self.steps_watched, self.use_percent = state["steps_watched"], state["use_percent"]
-        # How far the running code-use statistics have settled; a plain number of the quantizer, in no state dict.
-        self.vae.quantize.record_hit = state.get("record_hit", 0)
+    def set_facts(self, facts: dict[str, Any]) -> None:
+        """Takes back what `facts` returned. Raises UserError if the run was judged by other weights than these."""
+        for name, options in (("lpips_hash", "lpips_weights, vgg_weights"), ("features_hash", "dino_weights")):
+            if facts[name] != self._hashes[name]:
+                raise UserError(f"{options}: the run was begun with other weights than these files hold")
+        self.code_use.steps = facts["watched_steps"]
+        self.vae.quantize.record_hit = facts["record_hit"]
+
+    @torch.no_grad()
+    def draw_samples(self, path: Path, step: int) -> None:
+        """A sheet of held-out pictures (or else training pictures), each beside its reconstruction by the averaged
+        weights: always the same pictures. Collective; the main rank writes it."""
+        with self.ranks.together():
+            if self.ranks.is_main:
+                source = self.val if self.val is not None else self.train
+                for batch in evaluation_batches(source, self.augmentation, batch=SAMPLES, limit=SAMPLES):
+                    img = self._images(batch)
+                    again = self.ema.average.img_to_reconstructed_img(img, last_one=True)
+                    pairs = torch.stack([img, again], 1).flatten(0, 1).add(1).mul(0.5).clamp(0, 1)
+                    save_png(make_grid(pairs.cpu(), columns=8), path)
+
+    def save_model(self, folder: Path) -> None:
+        """The averaged tokenizer in float32, as a folder for load_checkpoint. Collective; the main rank writes it."""
+        with self.ranks.together():
+            if self.ranks.is_main:
+                save_checkpoint(folder, self.ema.average, dtype=torch.float32)
+
+    def batch_for_study(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """A batch as tensors, to be saved where a step went wrong."""
+        return {"images_u8": batch.images_u8, "labels": batch.labels}
 
 
-def train_tokenizer(
-    data: str | Path,
-    out: str | Path,
-    limits: Limits,
-    settings: TokenizerSettings | None = None,
-    *,
-    device: str = "cpu",
-    cadence: Cadence | None = None,
-    restart: bool = False,
-    console: Console | None = None,
-) -> Outcome:
-    """Train a tokenizer on the emoji in folder `data`; out/checkpoint.pt holds everything to go on or to export.
-
-    Subcategories too small to be a class of the transformer are trained on too. Raises UserError on bad settings,
-    missing data, or a loss that is no number any more.
-    """
-    settings = settings or TokenizerSettings()
-    build_tokenizer(settings, test_mode=True)  # bad settings fail before the pictures are read
-    console = console or Console()
-    keep = {"skin_variants": settings.skin_variants, "min_per_class": 1}
-    pictures = load_emoji(data, settings.size, **keep)
-    larger = min(64, 2 * settings.size)
-    source = pictures if larger == settings.size else load_emoji(data, larger, **keep)
-    job = TokenizerJob(settings, pictures, source.images_u8, device)
-    console.print(
-        f"{len(job.train_u8)} training and {len(job.held_out_u8)} held-out pictures; "
-        f"{sum(p.numel() for p in job.vae.parameters()) / 1e6:.2f} M parameters",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return run_loop(job, out, limits, cadence=cadence, restart=restart, console=console)
-
-
-def load_trained_tokenizer(path: str | Path, device: str = "cpu") -> tuple[VQVAE, TokenizerSettings]:
-    """The averaged tokenizer of a training checkpoint, frozen and in eval mode, and its settings.
-
-    Raises UserError if the file is none or holds other entries.
-    """
-    state = load_state(path, "tokenizer")
-    with contents_of(path):
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in state["settings"].items()}
-        settings = TokenizerSettings(**plain)
-        vae = build_tokenizer(settings, test_mode=True)
-        vae.load_state_dict(state["job"]["ema"])
-    return vae.eval().requires_grad_(False).to(device), settings
+def _freeze_unused_phi(vae: VQVAE) -> None:
+    """Of the shared phi layers, few scales leave some that no scale is nearest to: they never get a gradient, which
+    DistributedDataParallel would wait for."""
+    quantize = vae.quantize
+    count = len(quantize.v_patch_nums)
+    used = {id(p) for si in range(count) for p in quantize.quant_resi[scale_position(si, count)].parameters()}
+    for p in quantize.quant_resi.parameters():
+        p.requires_grad_(id(p) in used)

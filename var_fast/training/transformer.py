@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from var_fast.errors import UserError
 from var_fast.models import VAR, VQVAE
 from var_fast.models.no_initialisation import NoInitialisation
 from var_fast.training.adam_state import adam_tensors
-from var_fast.training.checks import check_settings, user_errors
 from var_fast.training.ema import Ema
 from var_fast.training.files import weights_hash
 from var_fast.training.optimizer import clip_gradients, set_rates, weight_groups
@@ -26,86 +23,11 @@ from var_fast.training.parallel import gradients_stay, parallelise, whole
 from var_fast.training.precision import Precision
 from var_fast.training.ranks import Ranks
 from var_fast.training.schedule import ProgressiveTraining, lr_factor, weight_decay_at
-from var_fast.training.settings import setting
 from var_fast.training.token_sources import TokenBatch, TokenSource
+from var_fast.training.transformer_settings import TransformerSettings, build_transformer
 
 # Tables that are looked up or added, and the gains of AdaLN: not matrices in the sense of weight decay.
 _BARE = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
-
-MODEL, LEARNING, REGULAR, START, PROGRESS, MACHINE = (
-    "Model",
-    "Learning rate and weight decay",
-    "Regularisation",
-    "Initial weights",
-    "Progressive training",
-    "Precision and memory",
-)
-
-
-@dataclass(frozen=True)
-class TransformerSettings:
-    """What a transformer run is made of; the defaults are the preset "small". A resumed run must have the same."""
-
-    depth: int = setting(6, "Blocks.", panel=MODEL)
-    embed_dim: int = setting(256, "Width; 0: 64 times the depth.", panel=MODEL)
-    num_heads: int = setting(4, "Heads; 0: as many as blocks.", panel=MODEL)
-    mlp_ratio: float = setting(4.0, "Width of the FFN, in widths of the model.", panel=MODEL)
-    attn_l2_norm: bool = setting(True, "L2-normalised queries and keys.", panel=MODEL)
-    shared_aln: bool = setting(False, "One AdaLN projection for all blocks.", panel=MODEL)
-    batch: int = setting(16, "Images per step, of all ranks and passes together.", panel=LEARNING)
-    base_lr: float = setting(1.6e-2, "Peak learning rate per 256 images of the batch.", panel=LEARNING)
-    schedule: str = setting("cos", "cos, lin, lin0, lin00, linT (T a number below 1) or exp.", panel=LEARNING)
-    warmup: float = setting(0.02, "Part of the run in which the learning rate grows.", panel=LEARNING)
-    first_lr: float = setting(0.005, "Learning rate of the first step, of the peak's.", panel=LEARNING)
-    last_lr: float = setting(0.02, "Learning rate of the last step, of the peak's.", panel=LEARNING)
-    weight_decay: float = setting(0.05, "AdamW's weight decay at the start.", panel=LEARNING)
-    last_weight_decay: float = setting(-1.0, "Weight decay at the end (half a cosine); -1: the same.", panel=LEARNING)
-    clip: float = setting(1.0, "Largest norm of the gradients; 0: any.", panel=LEARNING)
-    label_smoothing: float = setting(0.0, "Of the cross-entropy.", panel=REGULAR)
-    cond_drop: float = setting(0.1, "How often the label is hidden, for guidance.", panel=REGULAR)
-    drop_rate: float = setting(0.0, "Dropout in attention output and FFN.", panel=REGULAR)
-    drop_path: float = setting(0.0, "Largest rate of stochastic depth; -1: depth / 240.", panel=REGULAR)
-    ema: float = setting(0.998, "Decay of the averaged weights, which are saved for use; 0: none.", panel=REGULAR)
-    weight_start: float = setting(-1.0, "Deviation of initial weights (ini); -1: sqrt(1 / (3 width)).", panel=START)
-    head_start: float = setting(0.02, "Factor on the head's initial weights (hd).", panel=START)
-    modulation_start: float = setting(0.5, "Factor on the modulation's (aln).", panel=START)
-    gate_start: float = setting(1e-3, "Factor on the gates' (alng).", panel=START)
-    init_from: str | None = setting(None, "Begin with the weights of this model folder.", compare=False, panel=START)
-    progressive: float = setting(0.0, "Part of the run in which scales are added (pg); 0: all at once.", panel=PROGRESS)
-    progressive_first: int = setting(4, "Last scale trained at the start, from 0 (pg0).", panel=PROGRESS)
-    progressive_ramp: float = setting(1 / 300, "Part of the run in which a new scale's loss grows in (pgwp).", panel=PROGRESS)
-    precision: str = setting("float32", "float32, bfloat16 or float16 (autocast, as published).", panel=MACHINE)
-    passes: int = setting(1, "Passes that a step's batch is divided into (gradient accumulation).", panel=MACHINE)
-    recompute: bool = setting(False, "Activation checkpointing: less memory, a third more work.", compare=False, panel=MACHINE)
-    compile: bool = setting(False, "torch.compile of the model.", compare=False, panel=MACHINE)
-    parallel: str = setting("ddp", "On several ranks: ddp, or fsdp (sharded weights).", compare=False, panel=MACHINE)
-    seed: int = setting(0, "Everything random follows from it.")
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate."""
-        return self.base_lr * self.batch / 256
-
-
-def build_transformer(settings: TransformerSettings, vae: VQVAE, num_classes: int) -> VAR:
-    """The VAR that `settings` describe, on `vae`, not initialised. Raises UserError for settings that describe none."""
-    check_settings(settings)
-    heads = settings.num_heads or settings.depth
-    with user_errors("the transformer"):
-        return VAR(
-            vae_local=vae,
-            num_classes=num_classes,
-            depth=settings.depth,
-            embed_dim=settings.embed_dim or 64 * settings.depth,
-            num_heads=heads,
-            mlp_ratio=settings.mlp_ratio,
-            drop_rate=settings.drop_rate,
-            drop_path_rate=0.1 * settings.depth / 24 if settings.drop_path < 0 else settings.drop_path,
-            shared_aln=settings.shared_aln,
-            cond_drop_rate=settings.cond_drop,
-            attn_l2_norm=settings.attn_l2_norm,
-            patch_nums=tuple(vae.quantize.v_patch_nums),
-        )
 
 
 class TeacherForcing(nn.Module):
@@ -197,7 +119,9 @@ class TransformerJob:
             return
         loaded = load_checkpoint(s.init_from)
         if getattr(loaded, "var", None) is None:
-            raise UserError(f"init_from: {s.init_from} holds no transformer with its tokenizer, expected a model folder")
+            raise UserError(
+                f"init_from: {s.init_from} holds no transformer with its tokenizer, expected a model folder"
+            )
         if loaded.var.num_classes != len(self.classes):
             raise UserError(
                 f"init_from: {s.init_from} has {loaded.var.num_classes} classes, the data has {len(self.classes)}"
@@ -214,7 +138,9 @@ class TransformerJob:
 
     def batches(self, first_step: int) -> Iterator[list[TokenBatch]]:
         """The passes of every step."""
-        return self.source.batches(first_step, self.ranks, self.settings.batch, self.settings.passes, self.settings.seed)
+        return self.source.batches(
+            first_step, self.ranks, self.settings.batch, self.settings.passes, self.settings.seed
+        )
 
     def step(self, step: int, progress: float, batch: list[TokenBatch]) -> dict[str, torch.Tensor]:
         s = self.settings
@@ -273,12 +199,12 @@ class TransformerJob:
     def _hidden(self, step: int, part: int, share: int) -> torch.Tensor:
         """(share,) bool: the images of this pass whose label is hidden."""
         s = self.settings
-        draw = torch.Generator().manual_seed(step_seed(s.seed + 1, step))
+        draw = torch.Generator().manual_seed(step_seed(s.seed ^ 0x1ABE1, step))
         first = (part * self.ranks.count + self.ranks.rank) * share
         return torch.rand(s.batch, generator=draw)[first : first + share] < s.cond_drop
 
     def _token_weights(self, step: int, tokens_BL: torch.Tensor) -> torch.Tensor | None:
-        """(B, L) in progressive training: every token counts 1 / (L of all scales), the newest scale's less at first."""
+        """(B, L) in progressive training: a token counts 1 / (L of all), one of the newest scale less at first."""
         if self.progressive is None:
             return None
         B, L = tokens_BL.shape
@@ -397,7 +323,7 @@ class TransformerJob:
 
 
 def teacher_input(vae: VQVAE, tokens_BL: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what the transformer is given for scales 1 .. (B, L - 1, Cvae), the tokens of the first `scales` scales (B, L))."""
+    """(what the transformer is given for scales 1 .. (B, L - 1, Cvae), tokens of the first `scales` scales (B, L))."""
     patch_nums = vae.quantize.v_patch_nums
     per_scale = list(tokens_BL.split([pn * pn for pn in patch_nums], dim=1))
     x_BLC = vae.quantize.idxBl_to_var_input(per_scale)
@@ -409,11 +335,10 @@ def _check_parallel(settings: TransformerSettings, ranks: Ranks, steps: int | No
     shares = ranks.count * settings.passes
     if settings.batch % shares:
         raise UserError(
-            f"batch: got {settings.batch}, expected a multiple of {shares} ({ranks.count} ranks, {settings.passes} passes)"
+            f"batch: got {settings.batch}, expected a multiple of {shares} "
+            f"({ranks.count} ranks, {settings.passes} passes)"
         )
     if settings.parallel == "fsdp" and settings.precision == "float16":
         raise UserError("precision: got float16 with parallel fsdp, expected bfloat16 or float32 there")
     if settings.progressive > 0 and steps is None:
         raise UserError("progressive: needs a run whose length is known, expected --steps or --epochs")
-
-
