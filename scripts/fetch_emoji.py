@@ -4,12 +4,15 @@
     python scripts/fetch_emoji.py                       # npm pack, then extract into data/emoji
     python scripts/fetch_emoji.py --from-tarball FILE   # extract a package that is already here
 
-Leaves OUT/emoji.json and OUT/img/google/64/*.png. Standard library only.
+Leaves OUT/emoji.json and OUT/img/google/64/*.png, which takes the standard library only. Of these it makes a folder of
+images as var-fast trains on: OUT/train/<subcategory>/*.png and OUT/val/<subcategory>/*.png, which takes what var_fast
+itself takes (torch and Pillow).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import subprocess
@@ -72,6 +75,42 @@ def extract(tarball: Path, out: Path) -> int:
     return pictures
 
 
+def write_classes(out: Path) -> tuple[int, int, int]:
+    """The pictures as RGB on white in a folder per split and class; returns how many there are of train, val, classes.
+
+    At most two skin tones of an emoji besides its own, subcategories of fewer than 8 pictures left out; what is held
+    out is the same as ever (var_fast/training/emoji.py).
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    try:
+        from PIL import Image
+
+        from var_fast.errors import UserError
+        from var_fast.training.emoji import load_emoji
+    except ImportError as error:
+        fail(
+            f"emoji.json and img/ are in {out}, but train/ and val/ need the module {error.name}: "
+            "pip install torch numpy Pillow typer, then run this again"
+        )
+    try:
+        emoji = load_emoji(out, 64, skin_variants=2, min_per_class=8)
+    except UserError as error:
+        fail(str(error))
+    for image_u8, label, held_out, code in zip(emoji.images_u8, emoji.labels, emoji.held_out, emoji.names):
+        folder = out / ("val" if held_out else "train") / emoji.classes[label]
+        content = io.BytesIO()
+        Image.fromarray(image_u8.permute(1, 2, 0).contiguous().numpy()).save(content, "png")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part = folder / f".{code}.part"
+            part.write_bytes(content.getvalue())
+            os.replace(part, folder / f"{code}.png")
+        except OSError as error:
+            fail(f"cannot write {folder}: {error.strerror}")
+    held_out = int(emoji.held_out.sum())
+    return len(emoji.names) - held_out, held_out, len(emoji.classes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder to write (default: data/emoji)")
@@ -83,6 +122,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             pictures = extract(download(Path(folder)), args.out)
     print(f"{pictures} pictures in {args.out / PICTURES}")
+    train, val, classes = write_classes(args.out)
+    print(f"{train} of {classes} classes in {args.out / 'train'}, {val} in {args.out / 'val'}")
 
 
 if __name__ == "__main__":

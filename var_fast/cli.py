@@ -1,4 +1,4 @@
-"""The command line: var-fast sample | edit | reconstruct | doctor | train.
+"""The command line: var-fast sample | edit | reconstruct | tokenize | train | export-fid | evaluate | doctor.
 
 torch, and with it everything heavy, is imported inside the commands, so that help and slips of the pen answer at once.
 """
@@ -19,10 +19,15 @@ from var_fast import cli_options as opt
 from var_fast import cli_work as work
 from var_fast.cli_arguments import parse_labels, parse_seeds, spread
 from var_fast.cli_edit import edit
+from var_fast.cli_evaluate import app as evaluate
+from var_fast.cli_export_fid import export_fid
+from var_fast.cli_tokenize import tokenize
 from var_fast.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from var_fast.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="var-fast",
@@ -48,8 +53,8 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except typer.Exit as stop:
         return stop.exit_code
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        return _complain(": ".join(filter(None, ("interrupted", str(stop)))), 130)
     except UserError as error:
         return _complain(f"error: {error}", 2)
     except BrokenPipeError:
@@ -153,31 +158,32 @@ def sample(
     from var_fast.engine import Sampler
     from var_fast.images import make_grid, make_strip, squarest
     from var_fast.models.var import check_sampling_options
+    from var_fast.training.ranks import join_ranks
 
     check_sampling_options(cfg, top_k, top_p)
-    if not list_labels:
-        work.check_places(out, save_dir)
-        place = pick_device(device)
-
-    vae, var, classes, _ = load_both(model, vae_ckpt, var_ckpt)
     if list_labels:
-        for label in range(var.num_classes):
-            print(f"{label:>4}  {classes[label]}" if classes else label)
+        _print_labels(load_both(model, vae_ckpt, var_ckpt))
         return
-    label_list = spread(var.num_classes) if labels is None else parse_labels(labels, var.num_classes, classes)
-    pairs = work.pair_up(label_list, seed_list)
-    count, size = len(pairs), image_size(vae)
-    batch = batch or work.default_batch(size, place.type)
-    sampler = Sampler(var, dtype=dtype.value, device=place, max_batch=batch)
-    options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
+    work.check_places(out, save_dir)
+    with join_ranks(pick_device(device)) as ranks:
+        vae, var, classes, _ = load_both(model, vae_ckpt, var_ckpt)
+        label_list = spread(var.num_classes) if labels is None else parse_labels(labels, var.num_classes, classes)
+        pairs = work.pair_up(label_list, seed_list)
+        count, size = len(pairs), image_size(vae)
+        batch = batch or work.default_batch(size, ranks.device.type)
+        sampler = Sampler(var, dtype=dtype.value, device=ranks.device, max_batch=batch)
+        options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
 
-    def make(labels: list[int], seeds: list[int]) -> Iterator[torch.Tensor]:
-        if steps:
-            yield from sampler.stream(labels, seeds, **options)
-        else:
-            yield sampler.sample(labels, seeds, **options)
+        def make(labels: list[int], seeds: list[int]) -> Iterator[torch.Tensor]:
+            if steps:
+                yield from sampler.stream(labels, seeds, **options)
+            else:
+                yield sampler.sample(labels, seeds, **options)
 
-    images_per_step, seconds = work.make_images(make, pairs, batch, len(var.patch_nums) if steps else 1)
+        scales = len(var.patch_nums) if steps else 1
+        images_per_step, seconds = work.make_images(make, pairs, batch, scales, ranks)
+        if not ranks.is_main:
+            return
     upscale = upscale or work.default_upscale(size)
     if steps:
         picture = make_strip(images_per_step, upscale, mode=upscale_mode.value)
@@ -189,7 +195,14 @@ def sample(
     work.print_summary(sampler, count, size, seconds, out, save_dir)
 
 
+def _print_labels(loaded: Checkpoint) -> None:
+    for label in range(loaded.var.num_classes):
+        print(f"{label:>4}  {loaded.classes[label]}" if loaded.classes else label)
+
+
 app.command()(edit)
+app.command()(export_fid)
+app.add_typer(evaluate, name="evaluate")
 
 
 # ---------------------------------------------------------------------------------------------------------- reconstruct
@@ -244,6 +257,9 @@ def reconstruct(
         print(f"{sum(decibels) / len(decibels):6.2f} dB  mean")
     print(f"{seconds / len(images):.3f} seconds per image")
     print(f"picture: {out.absolute()}")
+
+
+app.command()(tokenize)
 
 
 # -------------------------------------------------------------------------------------------------- doctor and training

@@ -64,9 +64,17 @@ def _published(model: str) -> str | None:
     return found[1]
 
 
+def model_folder(path: str | Path) -> Path:
+    """The folder of the model that a training run made, RUN/model, if `path` is such a run; else `path` itself."""
+    inner = Path(path, "model")
+    return inner if (inner / "config.json").is_file() and not Path(path, "config.json").exists() else Path(path)
+
+
 def _directory(model: str) -> str:
-    if model == "demo" or os.path.isdir(model):
+    if model == "demo":
         return model
+    if os.path.isdir(model):
+        return str(model_folder(model))
     if os.path.exists(model):
         raise UserError(f"model {model!r} is a file, expected a directory, or d16 with --vae-ckpt FILE --var-ckpt FILE")
     names = ["demo", *PUBLISHED]

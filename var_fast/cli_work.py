@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from var_fast.engine import Sampler
+    from var_fast.training.ranks import Ranks
 
 Pairs = list[tuple[int, int]]  # a label and a seed for each image
 
@@ -71,24 +73,39 @@ def default_upscale(size: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- while
 def make_images(
-    make: Callable[[list[int], list[int]], Iterator[torch.Tensor]], pairs: Pairs, batch: int, steps: int = 1
+    make: Callable[[list[int], list[int]], Iterator[torch.Tensor]],
+    pairs: Pairs,
+    batch: int,
+    steps: int = 1,
+    ranks: Ranks | None = None,
 ) -> tuple[list[torch.Tensor], float]:
     """Images of the B pairs, made `batch` at a time with a progress bar, and the seconds it took.
 
-    `make` yields images (b, 3, H, W) of b labels and seeds `steps` times; so many tensors (B, 3, H, W) come back.
-    Raises UserError if memory runs out and if the last images are not finite.
+    `make` yields images (b, 3, H, W) of b labels and seeds `steps` times; so many tensors (B, 3, H, W) come back. Each
+    rank makes a contiguous share of the pairs, and all of them get all images; the bar is the main rank's and shows its
+    share. Raises UserError if memory runs out and if the last images are not finite.
     """
     import torch
 
+    from var_fast.training.order import share_of
+    from var_fast.training.ranks import Ranks
+
+    ranks = ranks or Ranks()
+    own = share_of(pairs, ranks.rank, ranks.count)
     parts: list[list[torch.Tensor]] = []
     began = time.perf_counter()
-    with progress("sampling", len(pairs) * steps) as advance, memory_advice(f"try a --batch below {batch}"):
-        for start in range(0, len(pairs), batch):
-            labels, seeds = (list(numbers) for numbers in zip(*pairs[start : start + batch]))
+    with (
+        ranks.together(),
+        progress("sampling", len(own) * steps, shown=ranks.is_main) as advance,
+        memory_advice(f"try a --batch below {batch}"),
+    ):
+        for start in range(0, len(own), batch):
+            labels, seeds = (list(numbers) for numbers in zip(*own[start : start + batch]))
             parts.append([])
             for images_B3HW in make(labels, seeds):
                 parts[-1].append(images_B3HW.cpu())
                 advance(len(labels))
+    parts = [part for of_one_rank in ranks.gather(parts) for part in of_one_rank]
     seconds = time.perf_counter() - began
     images_per_step = [torch.cat(step) for step in zip(*parts)]
     require_finite(images_per_step[-1], "sampled images")
@@ -117,16 +134,40 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, gone when done; yields the function that advances it."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    left = (TextColumn("left:"), TimeRemainingColumn())
+    with Progress(
+        *columns, *left, console=console, transient=True, disable=not shown or not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """SIGTERM, which ends jobs of clusters and torchrun's processes, is as Ctrl-C within: what cleans up, runs."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------- after

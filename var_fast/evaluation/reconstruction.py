@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from var_fast.errors import UserError
+from var_fast.evaluation.psnr import psnr_B
 from var_fast.evaluation.ssim import ssim_B
 from var_fast.models import VQVAE
-from var_fast.training.metrics import psnr_B
 from var_fast.training.ranks import Ranks
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from var_fast.errors import UserError
 from var_fast.hub import TransformerHubMixin
@@ -75,6 +76,7 @@ class VAR(TransformerHubMixin, nn.Module):
         self.depth, self.C, self.D, self.num_heads = depth, embed_dim, embed_dim, num_heads
         self.num_classes, self.cond_drop_rate = num_classes, cond_drop_rate
         self.prog_si = -1  # progressive training: the last scale to train, -1: all
+        self.recompute_blocks = False  # in training, compute each block's activations again for its backward
         self.patch_nums: tuple[int, ...] = tuple(patch_nums)
         lengths = [pn * pn for pn in self.patch_nums]
         self.L, self.first_l = sum(lengths), lengths[0]
@@ -215,6 +217,8 @@ class VAR(TransformerHubMixin, nn.Module):
         attn_bias = self.attn_bias_for_masking[:, :, :end, :end]
         pending = None
         for block in self.blocks:
+            if self.recompute_blocks and self.training:
+                block = partial(checkpoint, block, use_reentrant=False)
             x_BLC, pending = block(
                 x_BLC, cond_BD_or_gss, attn_bias, patch_nums=self.patch_nums, pending=pending, defer=True
             )

@@ -46,6 +46,20 @@ def check_settings(settings: Any) -> None:
         raise UserError(f"embed_dim: got {settings.embed_dim}, expected a multiple of num_heads = {settings.num_heads}")
 
 
+def check_values(settings: Any, expected: dict[str, tuple[Any, str]], choices: dict[str, tuple[str, ...]]) -> None:
+    """Raises UserError for the first setting that is not what it should be.
+
+    expected: {words: (predicate, names of settings with spaces between them)}. choices: {name: values}.
+    """
+    for words, (holds, names) in expected.items():
+        for name in names.split():
+            if not holds(getattr(settings, name)):  # so that NaN, which no comparison holds for, is refused
+                raise UserError(f"{name}: got {getattr(settings, name)!r}, expected {words}")
+    for name, values in choices.items():
+        if getattr(settings, name) not in values:
+            raise UserError(f"{name}: got {getattr(settings, name)!r}, expected one of {', '.join(values)}")
+
+
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
     """Around the constructor of `what`: the ValueErrors it raises about its arguments become UserErrors."""

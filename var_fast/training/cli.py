@@ -3,211 +3,292 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
-from var_fast.cli_models import pick_device
+from var_fast.cli_models import load_tokenizer, pick_device
 from var_fast.errors import UserError
-from var_fast.training.loop import Cadence
+from var_fast.training.loop import Cadence, run_loop
+from var_fast.training.ranks import Ranks, join_ranks
+from var_fast.training.recipes import TRANSFORMER_PRESETS
 from var_fast.training.schedule import Limits
-from var_fast.training.tokenizer import TokenizerSettings, train_tokenizer
-from var_fast.training.transformer import TransformerSettings, train_transformer
+from var_fast.training.settings import takes_settings
+from var_fast.training.tokenizer import TOKENIZER_PRESETS, TokenizerSettings
+from var_fast.training.transformer_settings import TransformerSettings
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Train the tokenizer and the transformer on emoji, and export them.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train the tokenizer and the transformer, on one CPU or, started by torchrun, on many GPUs.",
 )
-TOKENIZER, TRANSFORMER = TokenizerSettings(), TransformerSettings()
+RUN, DATA = "The run", "Data"
 
-Data = Annotated[Path, typer.Option(help="Folder written by scripts/fetch_emoji.py.")]
-Out = Annotated[Path, typer.Option(help="Folder for checkpoint and log; an unfinished run there is continued.")]
-Minutes = Annotated[float | None, typer.Option(help="Length of the run by the clock, resumed parts together.")]
-Steps = Annotated[int | None, typer.Option(help="Length of the run in steps.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew, and overwrite the run in --out.")]
-SaveS = Annotated[float, typer.Option(help="Seconds between checkpoints.")]
-EvalS = Annotated[float, typer.Option(help="Seconds between evaluations on held-out pictures; 0: at the end only.")]
-Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
-Batch = Annotated[int, typer.Option(help="Pictures per step.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder of the run; an unfinished one there is continued.", rich_help_panel=RUN)
+]
+Steps = Annotated[int | None, typer.Option(help="Length of the run in steps.", rich_help_panel=RUN)]
+Epochs = Annotated[float | None, typer.Option(help="Length of the run in passes over the data.", rich_help_panel=RUN)]
+Minutes = Annotated[
+    float | None, typer.Option(help="Length of the run by the clock, resumed parts together.", rich_help_panel=RUN)
+]
+Resume = Annotated[
+    str, typer.Option(help="auto (from --out), never, or a run or checkpoint to go on from.", rich_help_panel=RUN)
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin anew and remove the run in --out: --resume never.", rich_help_panel=RUN)
+]
+SaveS = Annotated[float, typer.Option(help="Seconds between checkpoints; 0: by steps only.", rich_help_panel=RUN)]
+SaveN = Annotated[int, typer.Option(help="Steps between checkpoints; 0: by the clock only.", rich_help_panel=RUN)]
+Keep = Annotated[int, typer.Option(help="Checkpoints kept, besides the best; 0: all.", rich_help_panel=RUN)]
+EvalN = Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end only.", rich_help_panel=RUN)]
+SampleN = Annotated[int, typer.Option(help="Steps between sample pictures; 0: at the end only.", rich_help_panel=RUN)]
+LogN = Annotated[int, typer.Option(help="Steps between lines of the log.", rich_help_panel=RUN)]
+Board = Annotated[bool, typer.Option(help="Write TensorBoard's files too, if it is installed.", rich_help_panel=RUN)]
+Wandb = Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.", rich_help_panel=RUN)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.", rich_help_panel=RUN)]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...", rich_help_panel=RUN)]
+Workers = Annotated[int, typer.Option(help="Processes that read pictures; 0: none.", rich_help_panel=DATA)]
+ValImages = Annotated[
+    int | None, typer.Option(help="Evaluate on so many of the validation images; default: all.", rich_help_panel=DATA)
+]
+Preset = Annotated[str, typer.Option(help="Named settings; options given besides it win.")]
+
+
+def _of_preset(presets: dict[str, dict[str, Any]], preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    if preset not in presets:
+        raise UserError(f"preset: got {preset!r}, expected one of {', '.join(presets)}")
+    return {**presets[preset], **given}
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        print(" ".join(f"error: {error}".split()), file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{name}: got {text!r}, expected numbers with commas between them, like 1,2,4") from None
-
-
-def _prepare(threads: int | None, device: str) -> str:
-    """Sets the number of threads; the device by its name. Raises UserError."""
+def _ranks(threads: int | None, device: str) -> Iterator[tuple[Ranks, Console]]:
+    """The ranks of the run, and a console that only the main one speaks on."""
     if threads is not None:
         most = 4 * (os.cpu_count() or 1)
         if not 1 <= threads <= most:
             raise UserError(f"threads: got {threads}, expected 1 to {most}")
         torch.set_num_threads(threads)
-    return str(pick_device(device))
+    with join_ranks(pick_device(device)) as ranks:
+        yield ranks, Console(quiet=not ranks.is_main)
+
+
+def _limits(
+    chosen: dict[str, Any], steps: int | None, epochs: float | None, minutes: float | None, images: int
+) -> Limits:
+    """The length of the run; that of the preset where the user gave none."""
+    usual = chosen.pop("epochs", None)
+    if steps is None and minutes is None and epochs is None:
+        epochs = usual
+    return Limits.of(steps, epochs, minutes, images=images, batch=chosen["batch"])
 
 
 @app.command()
+@takes_settings(TokenizerSettings)
 def tokenizer(
-    data: Data = Path("data/emoji"),
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder with train/ and val/ of class folders, or webdataset shards.", rich_help_panel=DATA),
+    ],
+    settings: dict[str, Any],
     out: Out = Path("runs/tokenizer"),
-    minutes: Minutes = None,
+    preset: Preset = "small",
     steps: Steps = None,
-    size: Annotated[int, typer.Option(help="Pixels per side.")] = TOKENIZER.size,
-    ch: Annotated[int, typer.Option(help="Channels at full resolution.")] = TOKENIZER.ch,
-    ch_mult: Annotated[str, typer.Option(help="Channel factors, one per resolution.")] = ",".join(
-        map(str, TOKENIZER.ch_mult)
-    ),
-    patch_nums: Annotated[str, typer.Option(help="Side of each scale's token map.")] = ",".join(
-        map(str, TOKENIZER.patch_nums)
-    ),
-    vocab_size: int = TOKENIZER.vocab_size,
-    z_channels: int = TOKENIZER.z_channels,
-    batch: Batch = TOKENIZER.batch,
-    lr: float = TOKENIZER.lr,
-    l1: Annotated[float, typer.Option(help="Weight of the mean absolute error.")] = TOKENIZER.l1,
-    l2: Annotated[float, typer.Option(help="Weight of the mean squared error.")] = TOKENIZER.l2,
-    vq: Annotated[float, typer.Option(help="Weight of the codebook and commitment loss.")] = TOKENIZER.vq,
-    revive_every: Annotated[
-        int, typer.Option(help="Steps between revivals of dead codes; 0: never.")
-    ] = TOKENIZER.revive_every,
-    zoom: Annotated[float, typer.Option(help="Probability that a batch is shifted and scaled.")] = TOKENIZER.zoom,
-    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = TOKENIZER.ema,
-    channels_last: bool = TOKENIZER.channels_last,
-    seed: Seed = TOKENIZER.seed,
-    threads: Threads = None,
-    device: Device = "cpu",
-    save_every: SaveS = 300.0,
-    eval_every: EvalS = 300.0,
+    epochs: Epochs = None,
+    minutes: Minutes = None,
+    resume: Resume = "auto",
     restart: Restart = False,
+    save_every: SaveS = 300.0,
+    save_every_steps: SaveN = 1000,
+    keep: Keep = 3,
+    eval_every_steps: EvalN = 1000,
+    sample_every_steps: SampleN = 1000,
+    log_every_steps: LogN = 20,
+    tensorboard: Board = True,
+    wandb: Wandb = None,
+    workers: Workers = 0,
+    val_images: ValImages = None,
+    threads: Threads = None,
+    device: Device = "auto",
 ) -> None:
-    """Train the tokenizer. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
-    with _one_line_errors():
-        device = _prepare(threads, device)
-        settings = TokenizerSettings(
-            size=size,
-            vocab_size=vocab_size,
-            z_channels=z_channels,
-            ch=ch,
-            ch_mult=_numbers("ch-mult", ch_mult),
-            patch_nums=_numbers("patch-nums", patch_nums),
-            batch=batch,
-            lr=lr,
-            l1=l1,
-            l2=l2,
-            vq=vq,
-            revive_every=revive_every,
-            zoom=zoom,
-            ema=ema,
-            channels_last=channels_last,
-            seed=seed,
+    """Train the multi-scale tokenizer on images. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
+    from var_fast.training.data import open_images
+    from var_fast.training.tokenizer import TokenizerJob
+
+    chosen = _of_preset(TOKENIZER_PRESETS, preset, settings)
+    length = chosen.pop("epochs", None)
+    made = TokenizerSettings(**chosen)
+    cadence = Cadence(
+        save_every_s=save_every,
+        save_every_steps=save_every_steps,
+        eval_every_steps=eval_every_steps,
+        sample_every_steps=sample_every_steps,
+        log_every_steps=log_every_steps,
+        keep=keep,
+    )
+    with _ranks(threads, device) as (ranks, console):
+        train = open_images(data, "train")
+        val = open_images(data, "val", classes=train.classes)
+        limits = _limits({"epochs": length, "batch": made.batch}, steps, epochs, minutes, len(train))
+        job = TokenizerJob(made, train, val, ranks, workers=workers, val_images=val_images)
+        _say_what(console, job.vae, len(train), len(val) if val else 0, limits)
+        run_loop(
+            job,
+            out,
+            limits,
+            cadence=cadence,
+            resume="never" if restart else resume,
+            tensorboard=tensorboard,
+            wandb=wandb,
+            console=console,
         )
-        limits = Limits(steps, minutes)
-        cadence = Cadence(save_every_s=save_every, eval_every_s=eval_every)
-        train_tokenizer(data, out, limits, settings, device=device, cadence=cadence, restart=restart, console=Console())
 
 
 @app.command()
+@takes_settings(TransformerSettings)
 def transformer(
-    tokenizer: Annotated[Path, typer.Option(help="checkpoint.pt of the tokenizer's run.")],
-    data: Data = Path("data/emoji"),
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A token cache (var-fast tokenize); or images as for the tokenizer, encoded at every step.",
+            rich_help_panel=DATA,
+        ),
+    ],
+    settings: dict[str, Any],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Run or folder of the tokenizer, or demo; default: the one in the token cache.", rich_help_panel=DATA
+        ),
+    ] = None,
+    vae_ckpt: Annotated[
+        Path | None, typer.Option(help="File of the published tokenizer.", rich_help_panel=DATA)
+    ] = None,
     out: Out = Path("runs/transformer"),
-    minutes: Minutes = None,
+    preset: Preset = "small",
     steps: Steps = None,
-    depth: int = TRANSFORMER.depth,
-    embed_dim: int = TRANSFORMER.embed_dim,
-    num_heads: int = TRANSFORMER.num_heads,
-    drop_rate: Annotated[float, typer.Option(help="Dropout in attention output and FFN.")] = TRANSFORMER.drop_rate,
-    drop_path: Annotated[float, typer.Option(help="Largest rate of stochastic depth.")] = TRANSFORMER.drop_path_rate,
-    cond_drop: Annotated[
-        float, typer.Option(help="How often the label is hidden, for guidance.")
-    ] = TRANSFORMER.cond_drop_rate,
-    batch: Batch = TRANSFORMER.batch,
-    lr: float = TRANSFORMER.lr,
-    schedule: Annotated[
-        str, typer.Option(help="cosine, or linear (constant, then straight down).")
-    ] = TRANSFORMER.schedule,
-    label_smoothing: float = TRANSFORMER.label_smoothing,
-    views: Annotated[
-        int, typer.Option(help="Views of each picture: plain, mirrored, shifted and scaled ones.")
-    ] = TRANSFORMER.views,
-    flip: Annotated[bool, typer.Option(help="Mirror every second view.")] = TRANSFORMER.flip,
-    skin_variants: Annotated[
-        int, typer.Option(help="Skin tones kept of one emoji, besides the yellow one.")
-    ] = TRANSFORMER.skin_variants,
-    min_per_class: Annotated[int, typer.Option(help="Smaller subcategories are left out.")] = TRANSFORMER.min_per_class,
-    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = TRANSFORMER.ema,
-    seed: Seed = TRANSFORMER.seed,
-    threads: Threads = None,
-    device: Device = "cpu",
-    save_every: SaveS = 300.0,
-    eval_every: EvalS = 300.0,
+    epochs: Epochs = None,
+    minutes: Minutes = None,
+    resume: Resume = "auto",
     restart: Restart = False,
+    save_every: SaveS = 300.0,
+    save_every_steps: SaveN = 1000,
+    keep: Keep = 3,
+    eval_every_steps: EvalN = 1000,
+    sample_every_steps: SampleN = 1000,
+    log_every_steps: LogN = 20,
+    tensorboard: Board = True,
+    wandb: Wandb = None,
+    workers: Workers = 0,
+    val_images: ValImages = None,
+    enlarge: Annotated[
+        float, typer.Option(help="From images: the shorter side before the crop, of the size.", rich_help_panel=DATA)
+    ] = 1.125,
+    flip: Annotated[bool, typer.Option(help="From images: mirror half of them.", rich_help_panel=DATA)] = False,
+    threads: Threads = None,
+    device: Device = "auto",
 ) -> None:
-    """Train the transformer on a trained tokenizer. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
-    with _one_line_errors():
-        device = _prepare(threads, device)
-        settings = TransformerSettings(
-            depth=depth,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path,
-            cond_drop_rate=cond_drop,
-            batch=batch,
-            lr=lr,
-            schedule=schedule,
-            label_smoothing=label_smoothing,
-            views=views,
-            flip=flip,
-            skin_variants=skin_variants,
-            min_per_class=min_per_class,
-            ema=ema,
-            tokenizer=str(tokenizer),
-            seed=seed,
+    """Train the transformer on a tokenizer's tokens. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
+    from var_fast.training.transformer import TransformerJob
+
+    chosen = _of_preset(TRANSFORMER_PRESETS, preset, settings)
+    length = chosen.pop("epochs", None)
+    made = TransformerSettings(**chosen)
+    cadence = Cadence(
+        save_every_s=save_every,
+        save_every_steps=save_every_steps,
+        eval_every_steps=eval_every_steps,
+        sample_every_steps=sample_every_steps,
+        log_every_steps=log_every_steps,
+        keep=keep,
+    )
+    with _ranks(threads, device) as (ranks, console):
+        vae, source = _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_images)
+        limits = _limits({"epochs": length, "batch": made.batch}, steps, epochs, minutes, source.images)
+        job = TransformerJob(made, vae, source, ranks, limits.steps)
+        _say_what(console, job.var, source.images, None, limits)
+        run_loop(
+            job,
+            out,
+            limits,
+            cadence=cadence,
+            resume="never" if restart else resume,
+            tensorboard=tensorboard,
+            wandb=wandb,
+            console=console,
         )
-        limits = Limits(steps, minutes)
-        cadence = Cadence(save_every_s=save_every, eval_every_s=eval_every)
-        train_transformer(
-            data, out, limits, settings, device=device, cadence=cadence, restart=restart, console=Console()
-        )
+
+
+def _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_images):
+    """(frozen tokenizer on the ranks' device, source of tokens) of a token cache or of images."""
+    from var_fast.cli_models import image_size
+    from var_fast.training.data import Augmentation, open_images
+    from var_fast.training.files import weights_hash
+    from var_fast.training.token_cache import TokenCache, is_token_cache
+    from var_fast.training.token_sources import CachedTokens, EncodedImages
+
+    given = tokenizer is not None or vae_ckpt is not None
+    if is_token_cache(data):
+        cache = TokenCache.open(data)
+        vae = cache.tokenizer()
+        if given and weights_hash(load_tokenizer(tokenizer or "demo", vae_ckpt)) != cache.tokenizer_hash:
+            raise UserError(
+                f"tokenizer: {tokenizer or vae_ckpt} is not the one that the token cache {data} was made by"
+            )
+        source = CachedTokens(cache, val_images)
+    else:
+        if not given:
+            raise UserError("tokenizer: got none, expected one beside images (a token cache has its own)")
+        vae = load_tokenizer(tokenizer or "demo", vae_ckpt)
+        train = open_images(data, "train")
+        val = open_images(data, "val", classes=train.classes)
+        augmentation = Augmentation(size=image_size(vae), enlarge=enlarge, flip=flip)
+        source = EncodedImages(train, val, augmentation, workers=workers, held_out_images=val_images)
+    return vae.eval().requires_grad_(False).to(ranks.device), source
+
+
+def _say_what(console: Console, model: torch.nn.Module, images: int, held_out: int | None, limits: Limits) -> None:
+    parts = [f"{images} training images"]
+    if held_out is not None:
+        parts.append(f"{held_out} held out")
+    parts.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    if limits.steps:
+        parts.append(f"{limits.steps} steps")
+    if limits.minutes:
+        parts.append(f"{limits.minutes:g} minutes")
+    console.print(", ".join(parts), soft_wrap=True, highlight=False)
+
+
+class SavedType(str, Enum):
+    """Number types of exported weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.command()
 def export(
-    tokenizer: Annotated[Path, typer.Option(help="checkpoint.pt of the tokenizer's run.")],
-    transformer: Annotated[Path, typer.Option(help="checkpoint.pt of the transformer's run.")],
-    out: Annotated[Path, typer.Option(help="Folder for config.json, the two .safetensors files and metrics.json.")],
-    data: Data = Path("data/emoji"),
-    best: Annotated[bool, typer.Option(help="Weights of the lowest held-out loss instead of the last ones.")] = False,
-    threads: Threads = None,
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: config.json and .safetensors files.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="Weights of the best evaluation instead of the last ones.")
+    ] = False,
+    dtype: Annotated[SavedType, typer.Option(help="Number type of the weights.")] = SavedType.bfloat16,
 ) -> None:
-    """Write both models as a bfloat16 checkpoint folder and measure it on held-out pictures."""
-    from var_fast.training.export import export_checkpoint
+    """Write a run's averaged weights as a folder for sampling or sharing, in half the size."""
+    from var_fast.checkpoint import load_checkpoint, save_checkpoint
 
-    with _one_line_errors():
-        _prepare(threads, "cpu")
-        export_checkpoint(tokenizer, transformer, out, data, best=best, console=Console())
-
-
-if __name__ == "__main__":
-    app()
+    folder = run / ("best" if best else "model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"run: {folder} does not exist yet, expected a run that has written it")
+    vae, var, classes, _ = load_checkpoint(folder)
+    save_checkpoint(out, vae, var, classes=classes, dtype=getattr(torch, dtype.value))
+    Console().print(f"written: {out}", soft_wrap=True, highlight=False)

@@ -14,9 +14,7 @@ class Ema:
     def __init__(self, model: nn.Module, average: nn.Module, decay: float) -> None:
         self.average = average.eval().requires_grad_(False)
         self.decay = decay
-        self._pairs = [
-            (_local(a), _local(p)) for a, p in zip(average.parameters(), model.parameters(), strict=True)
-        ]
+        self._pairs = [(_local(a), _local(p)) for a, p in zip(average.parameters(), model.parameters(), strict=True)]
         self._buffers = list(zip(average.buffers(), model.buffers(), strict=True))
         for a, p in self._pairs + self._buffers:
             a.copy_(p)

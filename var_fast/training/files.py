@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,32 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot write {path}: {reason}; what was saved before is intact") from error
+
+
+def replace_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder beside `folder`, then put it in its place; a crash leaves the old or the new one.
+
+    Raises UserError for an OSError.
+    """
+    folder = Path(folder)
+    part, old = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "old"))
+    try:
+        if old.exists() and not folder.exists():  # a crash between the two renames
+            os.replace(old, folder)
+        for stale in (part, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            write(part)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(part, folder)
+        finally:
+            for stale in (part, old):
+                shutil.rmtree(stale, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"cannot write {folder}: {reason}; what was saved before is intact") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The loop both trainers run: limits, learning from where a run stopped, log, progress bar, signals.
+"""The loop both trainers run: limits, learning from where a run stopped, log, progress bar, signals, failures.
 
 All randomness of a step is a function of (seed, step), so a resumed run takes the very steps an uninterrupted one
 would have taken, and no generator state has to be stored.
@@ -6,53 +6,95 @@ would have taken, and no generator state has to be stored.
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from var_fast.errors import UserError
-from var_fast.training.files import contents_of, load_state, save_state
+from var_fast.training.files import contents_of, replace_folder, save_state, write_atomic, write_json
+from var_fast.training.logs import LOG, RunLog
+from var_fast.training.order import step_seed
+from var_fast.training.ranks import Ranks
+from var_fast.training.run_checkpoints import RunCheckpoints, resolve
 from var_fast.training.schedule import Limits
+from var_fast.training.settings import differences
 
 
 class Job(Protocol):
-    """What the loop trains."""
+    """What the loop trains. On several ranks all of them call every method, in one order."""
 
     kind: str  # "tokenizer" or "transformer"
     settings: Any  # a dataclass; a resumed run must have the same, but for fields with compare=False
-    images_per_step: int
+    ranks: Ranks
+    images_per_step: int  # of all ranks
+    skipped: set[str]  # names of the pictures that this rank could not read
 
-    def step(self, step: int, progress: float) -> dict[str, torch.Tensor]: ...  # has "loss"
-    def evaluate(self) -> dict[str, Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def start(self) -> None:
+        """What a run needs before its first step, and a resumed one has already."""
+
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """This rank's batch of every step from there on."""
+
+    def step(self, step: int, progress: float, batch: Any) -> dict[str, torch.Tensor]:
+        """Numbers () or (K,) on the device, means over this rank's images, among them loss and grad_norm. The host
+        does not wait for them."""
+
+    def evaluate(self) -> dict[str, Any]:
+        """Numbers and lists of numbers about held-out pictures, the same on every rank."""
+
+    def badness(self, metrics: dict[str, Any]) -> float | None:
+        """Of what evaluate() gave: the lower, the better; None where it does not tell."""
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything to go on from, in nested dicts: the very tensors in use, which loading fills."""
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of it, in JSON's types."""
+
+    def set_facts(self, facts: dict[str, Any]) -> None: ...
+
+    def draw_samples(self, path: Path, step: int) -> None:
+        """Writes a picture that shows how far it is."""
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the averaged weights as a folder that load_checkpoint reads."""
+
+    def batch_for_study(self, batch: Any) -> dict[str, Any]:
+        """The tensors of a batch that went wrong, to be saved."""
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often the loop saves, evaluates and logs. Seconds are wall clock, 0 means never."""
+    """How often the loop does what besides training. Seconds are wall clock; 0 means never."""
 
     save_every_s: float = 300.0
     save_every_steps: int = 1000
-    eval_every_s: float = 300.0
+    eval_every_s: float = 0.0
+    eval_every_steps: int = 1000
+    sample_every_steps: int = 1000
     log_every_steps: int = 20
+    keep: int = 3  # checkpoints, besides the best; 0: all
+    diverged_at: float = 4.0  # the loss is lost if its running mean is so many times the lowest one
 
     def __post_init__(self) -> None:
-        for name in ("save_every_s", "save_every_steps", "eval_every_s"):
+        for name in ("save_every_s", "save_every_steps", "eval_every_s", "eval_every_steps", "sample_every_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 0 or more")
         if not self.log_every_steps >= 1:
             raise UserError(f"log_every_steps: got {self.log_every_steps}, expected 1 or more")
+        if self.keep < 0:
+            raise UserError(f"keep: got {self.keep}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -63,26 +105,6 @@ class Outcome:
     step: int
     elapsed_s: float
     metrics: dict[str, Any]
-
-
-def step_seed(seed: int, step: int) -> int:
-    """One 63-bit seed per (seed, step), well mixed (the finaliser of splitmix64)."""
-    mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) >> 1
-
-
-def batch_indices(count: int, batch: int, step: int, seed: int) -> torch.Tensor:
-    """(batch,) int64: which of `count` examples step number `step` takes; every epoch is a fresh permutation."""
-    position = torch.arange(step * batch, (step + 1) * batch)
-    epoch, place = position // count, position % count
-    out = torch.empty(batch, dtype=torch.int64)
-    for e in epoch.unique().tolist():
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(step_seed(seed, -2 - e)))
-        out[epoch == e] = order[place[epoch == e]]
-    return out
 
 
 @contextmanager
@@ -104,147 +126,361 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _resume(job: Job, path: Path) -> tuple[int, float, dict[str, Any]]:
-    """Load `path` into the job; returns (step, elapsed seconds, last metrics)."""
-    state = load_state(path, job.kind)
-    with contents_of(path):
-        theirs = state["settings"]
-        for name in (field.name for field in fields(job.settings) if field.compare):
-            ours = getattr(job.settings, name)
-            if _plain(ours) != _plain(theirs.get(name)):
-                raise UserError(
-                    f"{name}: got {ours!r}, but {path} was trained with {theirs.get(name)!r}; "
-                    "use that value, another output folder, or --restart"
-                )
-        job.load_state_dict(state["job"])
-        return state["step"], state["elapsed_s"], state["metrics"]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def run_loop(
     job: Job,
     out: str | Path,
     limits: Limits,
     *,
     cadence: Cadence | None = None,
-    restart: bool = False,
+    resume: str | Path = "auto",
+    tensorboard: bool = True,
+    wandb: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Train `job` until a limit or a signal, in folder `out` (checkpoint.pt, log.jsonl).
+    """Train `job` until a limit or a signal, in folder `out`.
 
-    Continues from out/checkpoint.pt if there is one, unless `restart`. Raises UserError if the loss stops being
-    finite (nothing is saved then), if the checkpoint there was made with other settings, or if a file cannot be
-    written.
+    resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" begins anew and removes the run
+    that is there; else the folder of a checkpoint, of this run or of another with the same settings. Leaves
+    out/log.jsonl, settings.json, tensorboard/, checkpoints/, samples/, model/ (averaged weights at the end), best/
+    (those of the best evaluation), skipped.txt (pictures that could not be read). Raises UserError if the loss is no
+    number any more or has diverged (bad-batch-*.pt holds the batch; the last checkpoint is from before), if the
+    checkpoint there was made with other settings, or if a file cannot be written.
     """
-    cadence = cadence or Cadence()
-    console = console or Console()
-    out = Path(out)
-    path = out / "checkpoint.pt"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if restart:  # or, killed before its first save, the run would go on as the old one
-            for old in (path, out / "best.pt"):
-                old.unlink(missing_ok=True)
-        # Unbuffered: nothing is left to write, and to fail, when it is closed.
-        log = open(out / "log.jsonl", "wb" if restart else "ab", buffering=0)
-    except OSError as error:
-        raise UserError(f"out: cannot write in {out}: {error.strerror}") from None
-    step, before_s, metrics = 0, 0.0, {}
-    if path.exists():
-        step, before_s, metrics = _resume(job, path)
-        console.print(
-            f"resuming {path} at step {step}, {before_s / 60:.1f} minutes in", soft_wrap=True, highlight=False
-        )
-
-    started = time.monotonic()
-    saved_at = evaluated_at = logged_at = started
-    window: list[dict[str, torch.Tensor]] = []
-
-    def elapsed() -> float:
-        return before_s + time.monotonic() - started
-
-    def record(kind: str, values: dict[str, Any]) -> None:
-        line = json.dumps({"kind": kind, "step": step, "elapsed_s": round(elapsed(), 1), **values}) + "\n"
+    with stop_signals() as caught:
+        run = _Run(job, Path(out), limits, cadence or Cadence(), console or Console())
+        run.begin(resume, tensorboard, wandb)
         try:
-            log.write(line.encode())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {log.name}: {error.strerror}; what was saved in {path} before is intact"
-            ) from error
+            return run.train(caught)
+        finally:
+            run.close()
 
-    def flush_window(now: float) -> dict[str, float]:
-        """Mean of the steps since the last call, logged; raises if the loss is no number any more."""
-        nonlocal logged_at
-        if not window:
-            return {}
-        means = {k: float(torch.stack([torch.as_tensor(w[k]).float() for w in window]).mean()) for k in window[0]}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(means.get(name, 0.0)):
-                raise UserError(
-                    f"{name} became {means[name]} before step {step}; {path} holds the last good state: try a lower lr"
-                )
-        means["images_per_s"] = round(len(window) * job.images_per_step / max(1e-9, now - logged_at), 2)
-        record("train", means)
-        window.clear()
-        logged_at = now
+
+@dataclass
+class _Window:
+    """The numbers of the steps since the last line of the log; means over ranks once they are settled."""
+
+    ranks: Ranks
+    settled: dict[str, list[Any]] = field(default_factory=dict)
+    fresh: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def settle(self) -> dict[str, list[Any]]:
+        """All steps' numbers, as Python's. Waits for the device."""
+        if self.fresh:
+            for name in self.fresh[0]:
+                stacked = torch.stack([values[name].detach().float() for values in self.fresh])
+                self.settled.setdefault(name, []).extend(self.ranks.mean_(stacked).tolist())
+            self.fresh = []
+        return self.settled
+
+    def means(self) -> dict[str, Any]:
+        """Of every number, and the window begins anew."""
+        means = {name: _mean(values) for name, values in self.settle().items()}
+        self.settled = {}
         return means
 
-    def evaluate() -> None:
-        nonlocal metrics
-        metrics = job.evaluate()
-        record("eval", metrics)
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
-        console.print(f"step {step}, {elapsed() / 60:.1f} min: {shown}", soft_wrap=True, highlight=False)
 
-    def save() -> None:
-        state = {"kind": job.kind, "settings": asdict(job.settings), "step": step, "elapsed_s": elapsed()}
-        save_state(path, {**state, "metrics": metrics, "job": job.state_dict()})
+def _mean(values: list[Any]) -> Any:
+    if isinstance(values[0], list):
+        return [_mean(list(column)) for column in zip(*values)]
+    return math.fsum(values) / len(values)
 
-    columns = (
-        TextColumn(job.kind),
-        BarColumn(),
-        TextColumn("{task.percentage:5.1f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    finished = False
-    with log, stop_signals() as caught, Progress(*columns, console=console) as bar:
-        task = bar.add_task(job.kind, total=1.0, note="")
-        while True:
-            progress = limits.progress(step, elapsed())
-            if progress >= 1.0:
-                finished = True
-                break
-            if caught:
-                break
-            torch.manual_seed(step_seed(job.settings.seed, step))
-            window.append(job.step(step, progress))
-            step += 1
-            now = time.monotonic()
-            if step % cadence.log_every_steps == 0:
-                means = flush_window(now)
-                now_progress = limits.progress(step, elapsed())
-                left_s = elapsed() * (1 - now_progress) / max(1e-9, now_progress)
-                facts = " ".join(f"{k} {v:.4g}" for k, v in means.items())
-                bar.update(task, completed=now_progress, note=f"step {step} {facts}, {left_s / 60:.0f} min left")
-            if cadence.eval_every_s and now - evaluated_at >= cadence.eval_every_s:
-                evaluate()
-                evaluated_at = time.monotonic()
-            due = cadence.save_every_s and now - saved_at >= cadence.save_every_s
-            if due or (cadence.save_every_steps and step % cadence.save_every_steps == 0):
-                flush_window(time.monotonic())
-                save()
-                saved_at = time.monotonic()
-        flush_window(time.monotonic())
+
+class _Run:
+    """One run in the process that trains it."""
+
+    def __init__(self, job: Job, out: Path, limits: Limits, cadence: Cadence, console: Console) -> None:
+        self.job, self.out, self.limits, self.cadence = job, out, limits, cadence
+        self.ranks, self.is_main = job.ranks, job.ranks.is_main
+        self.console = console if self.is_main else Console(quiet=True)
+        self.step, self.before_s, self.metrics = 0, 0.0, {}
+        self.best = math.inf
+        self.evaluated_step = self.drawn_step = -1
+        self.window = _Window(self.ranks)
+        self.watch = _LossWatch(cadence.diverged_at)
+        self.known_skipped: set[str] = set()
+        self.log: RunLog | None = None
+        self.checkpoints: RunCheckpoints | None = None
+
+    def say(self, words: str) -> None:
+        self.console.print(words, soft_wrap=True, highlight=False, markup=False)
+
+    # ------------------------------------------------------------------------------------------------- beginning
+    def begin(self, resume: str | Path, tensorboard: bool, wandb: str | None) -> None:
+        """Opens folder, checkpoints and log, and goes on from a checkpoint or starts."""
+        with self.ranks.together():
+            if self.is_main:
+                self._make_folder(anew=resume == "never")
+        self.checkpoints = RunCheckpoints(self.out / "checkpoints", self.ranks, self.cadence.keep)
+        place = self.checkpoints.latest() if resume in ("auto", "never") else resolve(resume)
+        newest = self.checkpoints.latest()
+        if place is not None and place.parent == self.checkpoints.folder and place != newest:
+            raise UserError(f"resume: {place} is older than {newest} in the same run, expected another --out for it")
+        if place is None:
+            self.job.start()
+        else:
+            self._load(place)
+        with self.ranks.together():
+            if self.is_main:
+                write_json(self.out / "settings.json", {"kind": self.job.kind, **asdict(self.job.settings)})
+                self.log = RunLog(self.out, self.step, tensorboard=tensorboard, wandb=wandb)
+        if place is not None:
+            self.say(f"resuming {place} at step {self.step}, {self.before_s / 60:.1f} minutes in")
+
+    def _make_folder(self, anew: bool) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if anew:  # or, killed before its first save, the run would go on as the old one
+                for name in ("checkpoints", "best", "model", "samples", "tensorboard"):
+                    shutil.rmtree(self.out / name, ignore_errors=True)
+                for name in (LOG, "settings.json", "skipped.txt"):
+                    (self.out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"out: cannot write in {self.out}: {error.strerror}") from None
+
+    def _load(self, place: Path) -> None:
+        facts = self.checkpoints.facts(place)
+        with contents_of(place):
+            if facts["kind"] != self.job.kind:
+                raise UserError(f"resume: {place} is of a {facts['kind']}, expected one of a {self.job.kind}")
+            for name, ours, theirs in differences(self.job.settings, facts["settings"]):
+                raise UserError(
+                    f"{name}: got {ours!r}, but {place} was trained with {theirs!r}; "
+                    "use that value, another output folder, or --restart"
+                )
+            self.job.set_facts(facts["job"])
+            self.checkpoints.load(place, self.job.tensors())
+            self.step, self.before_s, self.metrics = facts["step"], facts["elapsed_s"], facts["metrics"]
+            self.best = math.inf if facts["best"] is None else facts["best"]
+            self.window.settled = facts["window"]
+            self.watch.set_facts(facts["watch"])
+
+    # -------------------------------------------------------------------------------------------------- training
+    def train(self, caught: list[int]) -> Outcome:
+        """Steps until the end, with everything that falls due between them."""
+        self.started = self.saved_at = self.evaluated_at = self.logged_at = time.monotonic()
+        self.logged_step = self.step
+        batches = None
+        finished = False
+        with self._bar() as show:
+            while True:
+                progress, stop, save_due, evaluation_due = self._agree(caught)
+                if progress >= 1.0:
+                    finished = True
+                    break
+                if stop:
+                    break
+                if batches is None:
+                    batches = self.job.batches(self.step)
+                batch = next(batches)
+                torch.manual_seed(step_seed(self.job.settings.seed, self.step) ^ (self.ranks.rank * 0x9E3779B9))
+                values = self.job.step(self.step, progress, batch)
+                self.window.fresh.append(values)
+                # One step late: then the device has work to do while the host looks at the numbers.
+                self.watch.look(self.step, values, self.job.batch_for_study(batch), self._failed)
+                self.step += 1
+                self._fall_due(show, save_due, evaluation_due)
+            self.watch.settle(self._failed)
+            show(self.progress(), "")
+        best = finished and self.evaluated_step != self.step and self.evaluate()
+        if finished and self.drawn_step != self.step:
+            self.draw_samples()
+        self.save(best=best, wait=True)
+        self._write_model(self.out / "model")
         if finished:
-            evaluate()
-        save()
-        bar.update(task, completed=limits.progress(step, elapsed()))
-    if not finished:
-        console.print(
-            f"stopped by a signal at step {step}; the same command goes on from {path}", soft_wrap=True, highlight=False
+            self.say(f"done: {self.step} steps in {self.elapsed() / 60:.1f} min; the model is {self.out / 'model'}")
+        else:
+            self.say(
+                f"stopped by a signal at step {self.step}; the same command goes on from {self.checkpoints.latest()}"
+            )
+        return Outcome(finished, self.step, self.elapsed(), self.metrics)
+
+    def elapsed(self) -> float:
+        """Seconds of training, resumed parts together."""
+        return self.before_s + time.monotonic() - self.started
+
+    def progress(self) -> float:
+        return self.limits.progress(self.step, self.elapsed())
+
+    def _agree(self, caught: list[int]) -> tuple[float, bool, bool, bool]:
+        """(progress, whether to stop, to save, to evaluate) as all ranks see it: clocks and signals differ."""
+        now = time.monotonic()
+        c = self.cadence
+        own = [
+            self.progress(),
+            float(bool(caught)),
+            float(c.save_every_s > 0 and now - self.saved_at >= c.save_every_s),
+            float(c.eval_every_s > 0 and now - self.evaluated_at >= c.eval_every_s),
+        ]
+        if self.ranks.count > 1:
+            agreed = torch.tensor(own, dtype=torch.float64)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.ranks.control)
+            own = agreed.tolist()
+        return own[0], own[1] > 0, own[2] > 0, own[3] > 0
+
+    def _fall_due(self, show, save_due: bool, evaluation_due: bool) -> None:
+        c, step = self.cadence, self.step
+        if step % c.log_every_steps == 0:
+            means = self._write_window()
+            left = self.elapsed() * (1 - self.progress()) / max(1e-9, self.progress())
+            facts = " ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, float))
+            show(self.progress(), f"step {step} {facts}, {left / 60:.0f} min left")
+        if evaluation_due or (c.eval_every_steps and step % c.eval_every_steps == 0):
+            if self.evaluate():
+                self.save(best=True)
+        if c.sample_every_steps and step % c.sample_every_steps == 0:
+            self.draw_samples()
+        if save_due or (c.save_every_steps and step % c.save_every_steps == 0):
+            self.save()
+
+    def _write_window(self) -> dict[str, Any]:
+        self.watch.settle(self._failed)
+        means = self.window.means()
+        now = time.monotonic()
+        rate = (self.step - self.logged_step) * self.job.images_per_step / max(1e-9, now - self.logged_at)
+        means["images_per_s"] = round(rate, 2)
+        self.logged_at, self.logged_step = now, self.step
+        self._note_skipped()
+        if self.log is not None:
+            self.log.write("train", self.step, {"elapsed_s": round(self.elapsed(), 1), **means})
+        return means
+
+    def _note_skipped(self) -> None:
+        """Names of unreadable pictures go into a file, and their number is said whenever it has grown."""
+        names = set().union(*self.ranks.gather(self.job.skipped))
+        if names <= self.known_skipped:
+            return
+        self.known_skipped |= names
+        if self.is_main:
+            lines = "".join(f"{name}\n" for name in sorted(self.known_skipped))
+            write_atomic(self.out / "skipped.txt", lambda part: part.write_text(lines, encoding="utf-8"))
+            self.say(
+                f"{len(self.known_skipped)} pictures cannot be read and are skipped: {self.out / 'skipped.txt'} "
+                f"names them, the last one is {sorted(names)[-1]}"
+            )
+
+    # ------------------------------------------------------------------------------------------ what falls due
+    def evaluate(self) -> bool:
+        """Held-out numbers into the log; whether they are the best so far."""
+        metrics = self.job.evaluate()
+        self.evaluated_at, self.evaluated_step = time.monotonic(), self.step
+        if not metrics:
+            return False
+        self.metrics = metrics
+        if self.log is not None:
+            self.log.write("eval", self.step, {"elapsed_s": round(self.elapsed(), 1), **metrics})
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float))
+        self.say(f"step {self.step}, {self.elapsed() / 60:.1f} min: {shown}")
+        badness = self.job.badness(metrics)
+        if badness is None or not badness < self.best:
+            return False
+        self.best = badness
+        self._write_model(self.out / "best")
+        return True
+
+    def draw_samples(self) -> None:
+        """A picture of how far it is."""
+        self.drawn_step = self.step
+        path = self.out / "samples" / f"step-{self.step:08d}.png"
+        with self.ranks.together():
+            if self.is_main:
+                path.parent.mkdir(exist_ok=True)
+        self.job.draw_samples(path, self.step)
+        if self.log is not None and path.exists():
+            self.log.write_picture("samples", path, self.step)
+
+    def save(self, *, best: bool = False, wait: bool = False) -> None:
+        """A checkpoint of this moment; written in the background unless `wait`."""
+        self.watch.settle(self._failed)  # weights that are lost are never saved
+        facts = {
+            "kind": self.job.kind,
+            "settings": asdict(self.job.settings),
+            "step": self.step,
+            "elapsed_s": self.elapsed(),
+            "metrics": self.metrics,
+            "best": None if math.isinf(self.best) else self.best,
+            "window": self.window.settle(),
+            "watch": self.watch.facts(),
+            "job": self.job.facts(),
+        }
+        self.checkpoints.save(self.step, self.job.tensors(), facts, best=best, wait=wait)
+        self.saved_at = time.monotonic()
+
+    def _write_model(self, folder: Path) -> None:
+        with self.ranks.together():
+            if self.is_main:
+                replace_folder(folder, self.job.save_model)
+            else:
+                self.job.save_model(folder)
+
+    def _failed(self, step: int, why: str, batch: dict[str, Any]) -> None:
+        """Saves the batch, and raises."""
+        path = self.out / f"bad-batch-step-{step}-rank-{self.ranks.rank}.pt"
+        try:
+            save_state(path, {"step": step, "why": why, **batch})
+            where = f"its batch is in {path}"
+        except UserError as error:
+            where = str(error)
+        try:  # no collective call here: it may be this rank alone that fails
+            self.checkpoints.wait()
+            kept = f"{resolve(self.out)} is from before"
+        except UserError as error:
+            kept = str(error) if "cannot write" in str(error) else "no checkpoint was saved yet"
+        raise UserError(f"{why} at step {step}; {where}; {kept}: try a lower learning rate")
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self.log is not None:
+            self.log.close()
+
+    @contextmanager
+    def _bar(self):
+        columns = (
+            TextColumn(self.job.kind),
+            BarColumn(),
+            TextColumn("{task.percentage:5.1f}%"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
         )
-    return Outcome(finished, step, elapsed(), metrics)
+        with Progress(*columns, console=self.console, disable=not self.is_main) as bar:
+            task = bar.add_task(self.job.kind, total=1.0, note="")
+            yield lambda progress, note: bar.update(
+                task, completed=progress, note=note or bar.tasks[task].fields["note"]
+            )
+
+
+class _LossWatch:
+    """Looks at loss and gradient norm one step late, and raises where training is lost."""
+
+    def __init__(self, diverged_at: float) -> None:
+        self.diverged_at = diverged_at
+        self.mean, self.lowest, self.steps = 0.0, math.inf, 0
+        self.waiting: tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None = None
+
+    def look(self, step: int, values: dict[str, torch.Tensor], batch: dict[str, Any], failed) -> None:
+        """Takes note of a step that has been launched; judges the one before it."""
+        self.settle(failed)
+        self.waiting = (step, values, batch)
+
+    def settle(self, failed) -> None:
+        """Judges the step that waits. Waits for the device."""
+        if self.waiting is None:
+            return
+        (step, values, batch), self.waiting = self.waiting, None
+        for name in ("loss", "grad_norm"):
+            if name in values and not math.isfinite(float(values[name])):
+                failed(step, f"{name} became {float(values[name])}", batch)
+        # Over about fifty steps, the same on every rank only nearly: each may raise, and torchrun ends the others.
+        self.mean += (float(values["loss"]) - self.mean) / min(50, self.steps + 1)
+        self.steps += 1
+        if self.steps < 50:
+            return
+        self.lowest = min(self.lowest, self.mean)
+        if self.diverged_at and self.mean > self.diverged_at * abs(self.lowest):
+            failed(step, f"the loss has diverged: its running mean is {self.mean:.4g}, it was {self.lowest:.4g}", batch)
+
+    def facts(self) -> dict[str, Any]:
+        return {"mean": self.mean, "lowest": None if math.isinf(self.lowest) else self.lowest, "steps": self.steps}
+
+    def set_facts(self, facts: dict[str, Any]) -> None:
+        self.mean, self.steps = facts["mean"], facts["steps"]
+        self.lowest = math.inf if facts["lowest"] is None else facts["lowest"]

@@ -42,9 +42,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> torch.Te
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def clip_and_step(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], limit: float
-) -> torch.Tensor:
+def clip_and_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
     """One clipped step; the gradients are dropped after it. Returns their norm, as clip_gradients does."""
     norm = clip_gradients(parameters, limit)
     optimizer.step()

@@ -23,7 +23,7 @@ def step_seed(seed: int, step: int) -> int:
 
 def position_seed(seed: int, position: int) -> int:
     """The seed of what is random about one example, by its position in the endless stream of examples of a run."""
-    return step_seed(step_seed(seed, -1), position)
+    return step_seed(step_seed(seed, -1) ^ 0x5851F42D4C957F2D, position)  # another stream than that of the steps
 
 
 @lru_cache(maxsize=4)

@@ -35,9 +35,6 @@ from var_fast.training import tensor_index
 from var_fast.training.files import write_atomic, write_json
 from var_fast.training.ranks import Ranks
 
-# said of every run of one process, where it is no news
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-
 FACTS, BEST = "facts.json", "best"
 _NAME = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\.(step-(\d{8,}))\.(part|old)")
@@ -47,11 +44,14 @@ class RunCheckpoints:
     """The checkpoints in `folder`; every rank of the run makes one and calls the same methods in the same order.
 
     keep: how many of the newest stay, besides the best one; 0: all. Nothing on the disk changes before the first save.
+    Call wait() at the end: before the ranks part, and to hear of the last save's failure.
     """
 
     def __init__(self, folder: str | Path, ranks: Ranks | None = None, keep: int = 3):
         if keep < 0:
             raise UserError(f"keep: {keep}, expected 0 (all) or more")
+        # said at each save of a run of one process, where it is no news
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         self.folder, self.keep = Path(folder), keep
         self._ranks = ranks or Ranks()
         # the background's own: its collectives must not meet the training's

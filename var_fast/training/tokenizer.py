@@ -27,9 +27,9 @@ from var_fast.training.files import weights_hash
 from var_fast.training.lpips import load_lpips
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
 from var_fast.training.order import step_seed
+from var_fast.training.parallel import parallelise
 from var_fast.training.ranks import Ranks
-from var_fast.training.replicas import average_gradients
-from var_fast.training.schedule import lr_factor
+from var_fast.training.schedule import cosine_factor
 from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
 
 __all__ = ["TOKENIZER_PRESETS", "TokenizerJob", "TokenizerSettings", "build_tokenizer"]
@@ -51,15 +51,18 @@ class TokenizerJob:
         ranks: Ranks | None = None,
         *,
         workers: int = 0,
+        val_images: int | None = None,
     ) -> None:
-        """val: held-out pictures to evaluate on, if any. workers: processes that decode pictures, for each rank.
+        """val: held-out pictures to evaluate on, if any, `val_images` of them at most. workers: processes that decode
+        pictures, for each rank.
 
         Raises UserError for settings that make no sense, and for weight files that are missing or of another kind.
         """
         self.settings, self.train, self.val = settings, train, val
         self.ranks = ranks = ranks or Ranks()
         check_batch(settings.batch, ranks, parts=1)
-        self.workers = workers
+        self.workers, self.val_images = workers, val_images
+        self.skipped: set[str] = set()
         self.images_per_step = settings.batch
         s, device = settings, ranks.device
         self.augmentation = Augmentation(s.size, enlarge=s.enlarge, flip=s.flip)
@@ -71,7 +74,7 @@ class TokenizerJob:
         self.ema = Ema(self.vae, average, s.ema)
         groups = weight_groups(self.vae, s.weight_decay, bare=("embedding",))
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), fused=True)
-        self.model = average_gradients(self.vae, ranks)
+        self.model = parallelise(self.vae, ranks)
         self.lpips = load_lpips(s.lpips_weights, s.vgg_weights).to(device) if s.lpips > 0 else None
         self.adversary = build_adversary(
             s.discriminator,
@@ -98,7 +101,7 @@ class TokenizerJob:
     def batches(self, first_step: int) -> Iterator[Batch]:
         """This rank's share of every step from there on."""
         s = self.settings
-        return TrainBatches(
+        batches = TrainBatches(
             self.train,
             self.augmentation,
             batch=s.batch,
@@ -107,6 +110,9 @@ class TokenizerJob:
             first_step=first_step,
             workers=self.workers,
         )
+        for batch in batches:
+            self.skipped.update(batch.skipped)
+            yield batch
 
     def step(self, step: int, progress: float, batch: Batch) -> dict[str, torch.Tensor]:
         """One step of learning; scalars on the device, means over this rank's share.
@@ -116,7 +122,7 @@ class TokenizerJob:
         """
         s = self.settings
         img = self._images(batch)
-        rate = lr_factor(step, progress, warmup_steps=s.warmup_steps, final=s.final_lr)
+        rate = cosine_factor(step, progress, s.warmup_steps, s.final_lr)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
             recon, _, vq_loss = self.model(img)
         recon = recon.float()
@@ -212,10 +218,14 @@ class TokenizerJob:
         if self.val is not None:
             share = max(1, self.settings.batch // self.ranks.count)
             where = dict(rank=self.ranks.rank, ranks=self.ranks.count, workers=self.workers)
-            batches = evaluation_batches(self.val, self.augmentation, batch=share, **where)
+            batches = evaluation_batches(self.val, self.augmentation, batch=share, limit=self.val_images, **where)
             metrics = reconstruction_metrics(self.ema.average, map(self._images, batches), self.ranks)
             found = {f"val_{name}": value for name, value in metrics.items()}
         return {**found, **self.code_use.report()}
+
+    def badness(self, metrics: dict[str, Any]) -> float | None:
+        """By the held-out PSNR."""
+        return -metrics["val_psnr_db"] if "val_psnr_db" in metrics else None
 
     def tensors(self) -> dict[str, Any]:
         """Everything to go on from, with `facts`: the very tensors in use, to be saved, or filled in place."""

@@ -1,102 +1,51 @@
-"""Training the transformer (VAR): teacher forcing on the tokens of a frozen tokenizer."""
+"""Training the transformer (VAR): teacher forcing on the tokens of a frozen tokenizer (VAR section 3.2)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from torch import nn
 
+from var_fast.checkpoint import load_checkpoint, save_checkpoint
 from var_fast.errors import UserError
 from var_fast.models import VAR, VQVAE
-from var_fast.training.augment import shift_zoom
-from var_fast.training.checks import check_settings, user_errors
+from var_fast.models.no_initialisation import NoInitialisation
+from var_fast.training.adam_state import adam_tensors
 from var_fast.training.ema import Ema
-from var_fast.training.emoji import EmojiSet, load_emoji, to_float
-from var_fast.training.files import contents_of, load_state, save_state, weights_hash
-from var_fast.training.loop import Cadence, Outcome, batch_indices, run_loop, step_seed
-from var_fast.training.metrics import split_scales, tokenise, transformer_metrics, unigram_baseline
-from var_fast.training.schedule import Limits, lr_factor
-from var_fast.training.tokenizer import clip_gradients, load_trained_tokenizer, weight_groups
+from var_fast.training.files import weights_hash
+from var_fast.training.optimizer import clip_gradients, set_rates, weight_groups
+from var_fast.training.order import step_seed
+from var_fast.training.parallel import gradients_stay, parallelise, whole
+from var_fast.training.precision import Precision
+from var_fast.training.ranks import Ranks
+from var_fast.training.schedule import ProgressiveTraining, lr_factor, weight_decay_at
+from var_fast.training.token_sources import TokenBatch, TokenSource
+from var_fast.training.transformer_settings import TransformerSettings, build_transformer
 
 # Tables that are looked up or added, and the gains of AdaLN: not matrices in the sense of weight decay.
-_BARE = ("class_emb", "pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
+_BARE = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
 
 
-@dataclass(frozen=True)
-class TransformerSettings:
-    """What a transformer run is made of; the defaults are the demo's. A resumed run must have the same."""
+class TeacherForcing(nn.Module):
+    """VAR.loss as a forward, which is what DDP, FSDP2 and torch.compile take hold of."""
 
-    depth: int = 6
-    embed_dim: int = 256
-    num_heads: int = 4
-    mlp_ratio: float = 4.0
-    attn_l2_norm: bool = True
-    shared_aln: bool = False
-    cond_drop_rate: float = 0.1
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    batch: int = 16
-    lr: float = 1e-3
-    final_lr: float = 0.02  # of lr
-    warmup_steps: int = 200
-    schedule: str = "cosine"
-    hold: float = 0.5  # of the run at the peak, for the "linear" schedule
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    label_smoothing: float = 0.0
-    ema: float = 0.998
-    views: int = 2  # plain, mirrored, then shifted and scaled ones, mirrored and not in turn
-    flip: bool = True
-    skin_variants: int = 2
-    min_per_class: int = 8
-    tokenizer: str = field(default="", compare=False)  # where its checkpoint is; which it is, a hash of it tells
-    seed: int = 0
+    def __init__(self, var: VAR) -> None:
+        super().__init__()
+        self.var = var
 
-
-def build_transformer(settings: TransformerSettings, vae: VQVAE, num_classes: int) -> VAR:
-    """The VAR that `settings` describe, on `vae`. Raises UserError for settings that describe none."""
-    check_settings(settings)
-    with user_errors("the transformer"):
-        return VAR(
-            vae_local=vae,
-            num_classes=num_classes,
-            depth=settings.depth,
-            embed_dim=settings.embed_dim,
-            num_heads=settings.num_heads,
-            mlp_ratio=settings.mlp_ratio,
-            drop_rate=settings.drop_rate,
-            drop_path_rate=settings.drop_path_rate,
-            shared_aln=settings.shared_aln,
-            cond_drop_rate=settings.cond_drop_rate,
-            attn_l2_norm=settings.attn_l2_norm,
-            patch_nums=tuple(vae.quantize.v_patch_nums),
-        )
-
-
-def view_batches(
-    images_u8: torch.Tensor, source_u8: torch.Tensor, view: int, flip: bool, seed: int, batch: int = 64
-) -> Iterator[torch.Tensor]:
-    """All pictures, in [-1, 1], in one of their views.
-
-    View 0 is the picture itself. Odd views are mirrored if `flip`. Views other than 0 (and, with `flip`, other than
-    1) are shifted and scaled a little, differently for each view and batch. source_u8: the same pictures, larger.
-    """
-    plain = view < (2 if flip else 1)
-    for number, (img_u8, src_u8) in enumerate(zip(images_u8.split(batch), source_u8.split(batch), strict=True)):
-        if plain:
-            img = to_float(img_u8)
-        else:
-            draw = torch.Generator().manual_seed(step_seed(seed, 1_000_000 * view + number))
-            img = shift_zoom(to_float(src_u8), img_u8.shape[-1], draw, zoom=(0.92, 1.08), shift=1)
-        yield img.flip(-1) if flip and view % 2 else img
+    def forward(self, label_B, x_BLC, target_BL, token_weight_BL=None, label_smoothing=0.0):
+        return self.var.loss(label_B, x_BLC, target_BL, token_weight_BL, label_smoothing)
 
 
 class TransformerJob:
-    """One transformer in training; run_loop drives it. All tokens are made once, here, and kept in memory."""
+    """One transformer in training; run_loop drives it.
+
+    Labels are hidden per image by the seed of the step, not by the model, so that the number of ranks changes nothing.
+    """
 
     kind = "transformer"
 
@@ -104,184 +53,292 @@ class TransformerJob:
         self,
         settings: TransformerSettings,
         vae: VQVAE,
-        data: EmojiSet,
-        source_u8: torch.Tensor,
-        device: str = "cpu",
-        best_path: Path | None = None,
+        source: TokenSource,
+        ranks: Ranks | None = None,
+        steps: int | None = None,
     ) -> None:
-        """vae: frozen, on `device`. best_path: where the weights with the lowest held-out loss are kept."""
-        self.settings = settings
-        self.images_per_step = settings.batch
-        self.vae, self.classes, self.device, self.best_path = vae, data.classes, device, best_path
+        """vae: frozen, on the ranks' device. steps: the length of the run, which progressive training has to know."""
+        self.settings, self.vae, self.source = settings, vae, source
+        self.ranks = ranks = ranks or Ranks()
+        self.images_per_step, self.steps = settings.batch, steps
+        self.skipped: set[str] = source.skipped
+        self.classes = source.classes
         self.patch_nums = tuple(vae.quantize.v_patch_nums)
         self.tokenizer_hash = weights_hash(vae)
-        train = ~data.held_out
-        images, source = data.images_u8[train], source_u8[train]
-        self.tokens_NL = torch.cat(
-            [
-                tokenise(vae, view_batches(images, source, view, settings.flip, settings.seed))
-                for view in range(settings.views)
-            ]
-        )
-        self.labels_N = data.labels[train].repeat(settings.views)
-        self.held_tokens_ML = tokenise(vae, (to_float(chunk) for chunk in data.images_u8[data.held_out].split(64)))
-        self.held_labels_M = data.labels[data.held_out]
-        self.unigram = unigram_baseline(self.tokens_NL, self.held_tokens_ML, self.patch_nums, vae.vocab_size)
+        _check_parallel(settings, ranks, steps)
+        self.progressive = None
+        if settings.progressive > 0:
+            self.progressive = ProgressiveTraining(
+                settings.progressive,
+                settings.progressive_first,
+                settings.progressive_ramp,
+                settings.warmup,
+                len(self.patch_nums),
+            )
         torch.manual_seed(step_seed(settings.seed, -1))
-        self.var = build_transformer(settings, vae, len(data.classes)).to(device)
-        self.var.init_weights(init_std=-1, init_adaln_gamma=1e-3)  # as the published recipes for small depths
-        average = build_transformer(settings, vae, len(data.classes)).to(device)
-        self.ema = Ema(self.var, average, settings.ema)
+        self.var = build_transformer(settings, vae, len(self.classes)).to(ranks.device)
+        self.var.recompute_blocks = settings.recompute
+        self.var.cond_drop_rate = 0.0
+        self._initialise()
+        forcing = TeacherForcing(self.var)
+        if settings.compile:
+            forcing.compile()
+        self.model = parallelise(forcing, ranks, settings.parallel, self.var.blocks)
+        self.ema = self.averaged = None
+        if settings.ema > 0:
+            average = build_transformer(settings, vae, len(self.classes)).to(ranks.device)
+            average.cond_drop_rate = 0.0
+            forcing = TeacherForcing(average)
+            # DDP would have nothing to do; shards have to lie as the model's do
+            self.averaged = parallelise(forcing, ranks, "fsdp", average.blocks) if self._sharded else forcing
+            self.ema = Ema(self.var, average, settings.ema)
         self.optimizer = torch.optim.AdamW(
-            weight_groups(self.var, settings.weight_decay, bare=_BARE), lr=settings.lr, betas=(0.9, 0.95)
+            weight_groups(self.var, settings.weight_decay, bare=_BARE), lr=settings.lr, betas=(0.9, 0.95), fused=True
         )
-        self.best_loss = float("inf")
+        self.precision = Precision(settings.precision, ranks.device)
         self.var.train()
 
-    def step(self, step: int, progress: float) -> dict[str, torch.Tensor]:
+    @property
+    def _sharded(self) -> bool:
+        return self.settings.parallel == "fsdp" and self.ranks.count > 1
+
+    @property
+    def average(self) -> VAR:
+        """The weights that are evaluated and saved for use."""
+        return self.var if self.ema is None else self.ema.average
+
+    def _initialise(self) -> None:
         s = self.settings
-        rows = batch_indices(len(self.tokens_NL), s.batch, step, s.seed)
-        tokens_BL = self.tokens_NL[rows].long().to(self.device)
-        with torch.no_grad():
-            x_BLC = self.vae.quantize.idxBl_to_var_input(split_scales(tokens_BL, self.patch_nums))
-        lr = s.lr * lr_factor(
-            step, progress, warmup_steps=s.warmup_steps, shape=s.schedule, final=s.final_lr, hold=s.hold
+        if s.init_from is None:
+            self.var.init_weights(
+                init_adaln=s.modulation_start,
+                init_adaln_gamma=s.gate_start,
+                init_head=s.head_start,
+                init_std=s.weight_start,
+            )
+            return
+        loaded = load_checkpoint(s.init_from)
+        if getattr(loaded, "var", None) is None:
+            raise UserError(
+                f"init_from: {s.init_from} holds no transformer with its tokenizer, expected a model folder"
+            )
+        if loaded.var.num_classes != len(self.classes):
+            raise UserError(
+                f"init_from: {s.init_from} has {loaded.var.num_classes} classes, the data has {len(self.classes)}"
+            )
+        try:
+            self.var.load_state_dict(loaded.var.state_dict())
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise UserError(f"init_from: {s.init_from} has another shape than the settings describe: {first}") from None
+
+    # -------------------------------------------------------------------------------------------------- training
+    def start(self) -> None:
+        """Nothing: the weights are as they were built."""
+
+    def batches(self, first_step: int) -> Iterator[list[TokenBatch]]:
+        """The passes of every step."""
+        return self.source.batches(
+            first_step, self.ranks, self.settings.batch, self.settings.passes, self.settings.seed
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        label_B = self.labels_N[rows].to(self.device)
-        loss, _, accuracy_k = self.var.loss(label_B, x_BLC, tokens_BL, label_smoothing=s.label_smoothing)
+
+    def step(self, step: int, progress: float, batch: list[TokenBatch]) -> dict[str, torch.Tensor]:
+        s = self.settings
+        place = min(1.0, progress * self.steps / max(1, self.steps - 1)) if self.steps else progress
+        lr = s.lr * lr_factor(self._schedule(), place, s.warmup, s.first_lr, s.last_lr)
+        end_decay = s.weight_decay if s.last_weight_decay < 0 else s.last_weight_decay
+        set_rates(self.optimizer, lr, weight_decay_at(s.weight_decay, end_decay, place))
+        stage = -1 if self.progressive is None else self.progressive.stage(step, self.steps)
+        self.var.prog_si = -1 if stage == len(self.patch_nums) - 1 else stage
+        sums: dict[str, torch.Tensor] = {}
+        try:
+            for part, passed in enumerate(batch):
+                with gradients_stay(self.model, part < len(batch) - 1):
+                    loss, found = self._one_pass(step, part, passed)
+                    self.precision.scale(loss / len(batch)).backward()
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0) + value / len(batch)
+        finally:
+            self.var.prog_si = -1
+        self.precision.unscale(self.optimizer)
+        norm = clip_gradients(self.var.parameters(), s.clip)
+        self.precision.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradients(self.var, s.clip)
-        self.optimizer.step()
-        self.ema.update(step)
-        return {
+        if self.ema is not None:
+            self.ema.update(step)
+        device = self.ranks.device
+        return {**sums, "grad_norm": self.precision.norm_of_sound_step(norm), "lr": torch.tensor(lr, device=device)}
+
+    def _schedule(self) -> str:
+        return f"lin{self.settings.progressive:g}" if 0 < self.settings.progressive < 1 else self.settings.schedule
+
+    def _one_pass(self, step: int, part: int, passed: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one pass, and its numbers for the log."""
+        s, device = self.settings, self.ranks.device
+        tokens_BL, label_B = self.source.tokens_of(passed, self.vae)
+        label_B = torch.where(self._hidden(step, part, len(label_B)).to(device), self.var.num_classes, label_B)
+        scales = len(self.patch_nums) if self.var.prog_si < 0 else self.var.prog_si + 1
+        with torch.no_grad():
+            x_BLC, tokens_BL = teacher_input(self.vae, tokens_BL, scales)
+        weight_BL = self._token_weights(step, tokens_BL)
+        with self.precision.autocast():
+            loss, loss_k, accuracy_k = self.model(label_B, x_BLC, tokens_BL, weight_BL, s.label_smoothing)
+        areas_k = torch.tensor([pn * pn for pn in self.patch_nums[:scales]], dtype=torch.float32, device=device)
+        areas_k /= areas_k.sum()
+        accuracy_k = 100.0 * accuracy_k
+        missing = torch.full((len(self.patch_nums) - scales,), math.nan, device=device)
+        return loss, {
             "loss": loss.detach(),
-            "accuracy_percent": 100.0 * self._mean(accuracy_k),
-            "grad_norm": norm.detach(),
-            "lr": torch.tensor(lr),
+            "accuracy_percent": (accuracy_k * areas_k).sum(),
+            "loss_tail": loss_k[-1],
+            "accuracy_tail_percent": accuracy_k[-1],
+            "loss_per_scale": torch.cat([loss_k.float(), missing]),
+            "accuracy_percent_per_scale": torch.cat([accuracy_k.float(), missing]),
         }
 
+    def _hidden(self, step: int, part: int, share: int) -> torch.Tensor:
+        """(share,) bool: the images of this pass whose label is hidden."""
+        s = self.settings
+        draw = torch.Generator().manual_seed(step_seed(s.seed ^ 0x1ABE1, step))
+        first = (part * self.ranks.count + self.ranks.rank) * share
+        return torch.rand(s.batch, generator=draw)[first : first + share] < s.cond_drop
+
+    def _token_weights(self, step: int, tokens_BL: torch.Tensor) -> torch.Tensor | None:
+        """(B, L) in progressive training: a token counts 1 / (L of all), one of the newest scale less at first."""
+        if self.progressive is None:
+            return None
+        B, L = tokens_BL.shape
+        weight_BL = torch.full((B, L), 1 / self.var.L, device=tokens_BL.device)
+        if self.var.prog_si >= 0:
+            newest = self.patch_nums[self.var.prog_si] ** 2
+            weight_BL[:, L - newest :] *= self.progressive.newest_weight(step, self.steps)
+        return weight_BL
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+    @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Held-out loss (nats) and accuracy (percent) of the averaged weights and of the unigram baseline."""
-        ours = transformer_metrics(self.ema.average, self.vae, self.held_tokens_ML, self.held_labels_M)
-        loss, accuracy = (self._mean(ours[k]) for k in ("loss", "accuracy_percent"))
-        if loss < self.best_loss:
-            self.best_loss = loss
-            if self.best_path is not None:
-                weights = self.ema.average.state_dict()
-                state = {"kind": "best transformer", "weights": weights, "tokenizer_hash": self.tokenizer_hash}
-                save_state(self.best_path, state)
+        """Held-out loss (nats) and accuracy (percent), with the label given, of the averaged weights."""
+        held_out = self.source.held_out(self.vae, self.ranks)
+        if held_out is None:
+            return {}
+        tokens_ML, label_M = held_out
+        scales = len(self.patch_nums)
+        sums = torch.zeros(2 * scales + 1, dtype=torch.float64, device=self.ranks.device)
+        model = self.model if self.ema is None else self.averaged
+        model.eval()
+        images, batch, ranks = len(label_M), 64, self.ranks
+        for first in range(0, images, batch * ranks.count):
+            # Sharded weights want every rank at every pass: one without images repeats some that do not count.
+            begin = min(first + batch * ranks.rank, images)
+            rows = slice(begin, min(begin + batch, images)) if begin < images else slice(0, 1)
+            counted = (rows.stop - rows.start) if begin < images else 0
+            tokens_BL = tokens_ML[rows].long().to(ranks.device)
+            x_BLC, tokens_BL = teacher_input(self.vae, tokens_BL, scales)
+            with self.precision.autocast():
+                _, loss_k, accuracy_k = model(label_M[rows].to(ranks.device), x_BLC, tokens_BL)
+            sums += counted * torch.cat([loss_k.double(), accuracy_k.double(), sums.new_ones(1)])
+        model.train(model is self.model)
+        loss_k, accuracy_k, count = self.ranks.sum_(sums).cpu().split([scales, scales, 1])
+        loss_k, accuracy_k = loss_k / count, 100.0 * accuracy_k / count
+        areas_k = torch.tensor([pn * pn for pn in self.patch_nums], dtype=torch.float64)
+        areas_k /= areas_k.sum()
         return {
-            "held_out_loss": loss,
-            "held_out_unigram_loss": self._mean(self.unigram["loss"]),
-            "held_out_accuracy_percent": accuracy,
-            "held_out_unigram_accuracy_percent": self._mean(self.unigram["accuracy_percent"]),
-            "best_held_out_loss": self.best_loss,
-            "per_scale": ours,
-            "unigram_per_scale": self.unigram,
+            "held_out_loss": float((loss_k * areas_k).sum()),
+            "held_out_accuracy_percent": float((accuracy_k * areas_k).sum()),
+            "held_out_loss_tail": float(loss_k[-1]),
+            "held_out_accuracy_tail_percent": float(accuracy_k[-1]),
+            "loss_per_scale": loss_k.tolist(),
+            "accuracy_percent_per_scale": accuracy_k.tolist(),
+            "images": images,
         }
 
-    def _mean(self, per_scale: list[float] | torch.Tensor) -> float | torch.Tensor:
-        """Over tokens, so that a scale counts by its area."""
-        areas = [pn * pn for pn in self.patch_nums]
-        return sum(a * v for a, v in zip(areas, per_scale, strict=True)) / sum(areas)
+    def badness(self, metrics: dict[str, Any]) -> float:
+        return metrics["held_out_loss"]
 
-    def state_dict(self) -> dict[str, Any]:
+    def draw_samples(self, path: Path, step: int) -> None:
+        """Sixteen images of the averaged weights, of classes spread over all, always with the same seeds."""
+        from var_fast.cli_arguments import spread
+        from var_fast.engine import Sampler
+        from var_fast.images import make_grid, save_png
+
+        var = self._plain_average(self.ranks.device)
+        with self.ranks.together():
+            if var is not None:
+                labels = (spread(var.num_classes) * 16)[:16]
+                options = {"cfg": 2.0, "top_k": min(900, var.V), "top_p": 0.95}
+                images_B3HW = Sampler(var, device=self.ranks.device).sample(labels, seeds=list(range(16)), **options)
+                text = {"label": ",".join(map(str, labels)), "step": str(step), "options": str(options)}
+                save_png(make_grid(images_B3HW.float().cpu(), 4), path, text)
+        self.var.train()
+
+    def save_model(self, folder: Path) -> None:
+        var = self._plain_average(torch.device("cpu"))
+        if var is not None:
+            save_checkpoint(folder, self.vae, var, classes=self.classes)
+
+    @torch.no_grad()
+    def _plain_average(self, device: torch.device) -> VAR | None:
+        """The averaged weights as one module in eval mode: on the main rank, put together from shards if need be."""
+        if not self._sharded:
+            return self.average.eval() if self.ranks.is_main else None
+        entries = {}
+        for name, tensor in self.average.state_dict().items():
+            full = whole(tensor)
+            if self.ranks.is_main:
+                entries[name] = full.to(device)
+        if not self.ranks.is_main:
+            return None
+        with NoInitialisation():
+            var = build_transformer(self.settings, self.vae, len(self.classes))
+        var.load_state_dict(entries, assign=True)
+        return var.to(device).eval().requires_grad_(False)
+
+    def batch_for_study(self, batch: list[TokenBatch]) -> dict[str, Any]:
+        return {f"pass_{part}": passed.tensors() for part, passed in enumerate(batch)}
+
+    # ------------------------------------------------------------------------------------------------- resuming
+    def tensors(self) -> dict[str, Any]:
+        own = {"model": self.var.state_dict(), "optimizer": adam_tensors(self.var, self.optimizer)}
+        return own if self.ema is None else {**own, "ema": self.ema.average.state_dict()}
+
+    def facts(self) -> dict[str, Any]:
         return {
-            "model": self.var.state_dict(),
-            "ema": self.ema.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "classes": self.classes,
-            "best_loss": self.best_loss,
             "tokenizer_hash": self.tokenizer_hash,
+            "scaler": self.precision.facts(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["classes"] != self.classes:
-            raise UserError("data: its classes are not those the checkpoint was trained with; use the same data folder")
-        _require_tokenizer(state, self.tokenizer_hash, "this run")
-        self.var.load_state_dict(state["model"])
-        self.ema.average.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best_loss = state["best_loss"]
+    def set_facts(self, facts: dict[str, Any]) -> None:
+        if facts["classes"] != self.classes:
+            raise UserError(
+                f"data: has {len(self.classes)} classes, the run was trained with {len(facts['classes'])} "
+                "or with others; use the data it began with"
+            )
+        if facts["tokenizer_hash"] != self.tokenizer_hash:
+            raise UserError(
+                f"tokenizer: this run was trained on the tokens of other weights (hash {facts['tokenizer_hash'][:12]}) "
+                f"than this tokenizer's ({self.tokenizer_hash[:12]}); use the tokenizer as it was, or train anew"
+            )
+        self.precision.set_facts(facts["scaler"])
 
 
-def _require_tokenizer(state: dict[str, Any], tokenizer_hash: str, what: str) -> None:
-    """Raises UserError if `state` was made on another tokenizer; older checkpoints do not say, and are taken."""
-    theirs = state.get("tokenizer_hash", tokenizer_hash)
-    if theirs != tokenizer_hash:
+def teacher_input(vae: VQVAE, tokens_BL: torch.Tensor, scales: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the transformer is given for scales 1 .. (B, L - 1, Cvae), tokens of the first `scales` scales (B, L))."""
+    patch_nums = vae.quantize.v_patch_nums
+    per_scale = list(tokens_BL.split([pn * pn for pn in patch_nums], dim=1))
+    x_BLC = vae.quantize.idxBl_to_var_input(per_scale)
+    tokens_BL = torch.cat(per_scale[:scales], dim=1)
+    return x_BLC[:, : tokens_BL.shape[1] - patch_nums[0] ** 2], tokens_BL
+
+
+def _check_parallel(settings: TransformerSettings, ranks: Ranks, steps: int | None) -> None:
+    shares = ranks.count * settings.passes
+    if settings.batch % shares:
         raise UserError(
-            f"tokenizer: {what} was trained on the tokens of other weights (hash {theirs[:12]}) than this "
-            f"tokenizer's ({tokenizer_hash[:12]}); use the tokenizer as it was, or train anew"
+            f"batch: got {settings.batch}, expected a multiple of {shares} "
+            f"({ranks.count} ranks, {settings.passes} passes)"
         )
-
-
-def load_pictures(data: str | Path, settings: TransformerSettings, size: int) -> tuple[EmojiSet, torch.Tensor]:
-    """The emoji at `size` pixels, with classes, and the same pictures up to twice as large."""
-    keep = {"skin_variants": settings.skin_variants, "min_per_class": settings.min_per_class}
-    pictures = load_emoji(data, size, **keep)
-    larger = min(64, 2 * size)
-    return pictures, pictures.images_u8 if larger <= size else load_emoji(data, larger, **keep).images_u8
-
-
-def train_transformer(
-    data: str | Path,
-    out: str | Path,
-    limits: Limits,
-    settings: TransformerSettings,
-    *,
-    device: str = "cpu",
-    cadence: Cadence | None = None,
-    restart: bool = False,
-    console: Console | None = None,
-) -> Outcome:
-    """Train a transformer on the emoji in folder `data`, with the tokenizer of checkpoint `settings.tokenizer`.
-
-    Leaves out/checkpoint.pt, out/best.pt (averaged weights at the lowest held-out loss) and out/log.jsonl.
-    Raises UserError on bad settings, missing data, or a loss that is no number any more.
-    """
-    check_settings(settings)  # bad settings fail before the long part
-    console = console or Console()
-    vae, tokenizer_settings = load_trained_tokenizer(settings.tokenizer, device)
-    pictures, source_u8 = load_pictures(data, settings, tokenizer_settings.size)
-    if pictures.dropped:
-        listed = ", ".join(f"{name} ({n})" for name, n in pictures.dropped.items())
-        console.print(
-            f"left out, fewer than {settings.min_per_class} pictures: {listed}", soft_wrap=True, highlight=False
-        )
-    console.print(
-        f"tokenising {settings.views} views of {len(pictures.images_u8)} pictures ...", soft_wrap=True, highlight=False
-    )
-    job = TransformerJob(settings, vae, pictures, source_u8, device, Path(out) / "best.pt")
-    console.print(
-        f"{len(pictures.classes)} classes, {len(job.tokens_NL)} token sequences, {len(job.held_tokens_ML)} held out; "
-        f"{sum(p.numel() for p in job.var.parameters()) / 1e6:.2f} M parameters",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return run_loop(job, out, limits, cadence=cadence, restart=restart, console=console)
-
-
-def load_trained_transformer(
-    path: str | Path, vae: VQVAE, *, best: str | Path | None = None
-) -> tuple[VAR, list[str], TransformerSettings]:
-    """The averaged transformer of a training checkpoint, frozen, in eval mode; its class names and settings.
-
-    best: take the weights from this file (out/best.pt) instead of the last ones. Raises UserError if a file is none,
-    holds other entries, or was made on another tokenizer than `vae`.
-    """
-    state, tokenizer_hash = load_state(path, "transformer"), weights_hash(vae)
-    with contents_of(path):
-        settings = TransformerSettings(**state["settings"])
-        classes, weights = state["job"]["classes"], state["job"]["ema"]
-        _require_tokenizer(state["job"], tokenizer_hash, str(path))
-        var = build_transformer(settings, vae, len(classes))
-    with contents_of(best or path):
-        if best:
-            state = load_state(best, "best transformer")
-            weights = state["weights"]
-            _require_tokenizer(state, tokenizer_hash, str(best))
-        var.load_state_dict(weights)
-    return var.eval().requires_grad_(False), classes, settings
+    if settings.parallel == "fsdp" and settings.precision == "float16":
+        raise UserError("precision: got float16 with parallel fsdp, expected bfloat16 or float32 there")
+    if settings.progressive > 0 and steps is None:
+        raise UserError("progressive: needs a run whose length is known, expected --steps or --epochs")
