@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,25 +71,46 @@ def test_an_interruption_says_how_to_go_on(model, folder, capsys, monkeypatch):
     assert Path("a.npz").read_bytes() == Path("whole.npz").read_bytes()
 
 
-def test_killed_and_resumed(model, folder):
-    """A real process, killed in the middle by SIGKILL."""
-    command = [sys.executable, "-m", "var_fast", "export-fid", "--model", str(model), *map(str, OPTIONS)]
-    command += ["--per-class", "250", "--batch", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__)), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--out", "a.npz"], env=environment)
-    parts = Path("a.npz.parts")
-    deadline = time.monotonic() + 60
-    while len(list(parts.glob("part-*.npz"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_and_resumed(model, folder, capsys, count):
+    """One of `count` real processes is killed in the middle; one process goes on."""
+    command = ["export-fid", "--model", str(model), *map(str, OPTIONS), "--per-class", "250", "--batch", "1"]
+    processes = start([*command, "--out", "a.npz"], count)
+    parts, deadline = Path("a.npz.parts"), time.monotonic() + 60
+    while len(list(parts.glob("part-*.npz"))) < 3:
+        assert processes[0].poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    processes[-1].kill()
+    told = [process.communicate(timeout=60)[1] for process in processes]
+    assert processes[-1].returncode == -signal.SIGKILL
+    if count == 2:
+        assert processes[0].returncode == 2
+        assert told[0].startswith("error: another process of this run has ended") and told[0].count("\n") == 1
+        assert "the parts stay in a.npz.parts, the same command goes on" in told[0]
     assert not Path("a.npz").exists()
-    again = subprocess.run([*command, "--out", "a.npz"], env=environment, capture_output=True, text=True, check=True)
-    assert "were there already" in again.stdout
+    assert run(*command, "--out", "a.npz") == 0
+    assert "were there already" in capsys.readouterr().out
     assert not parts.exists()
-    subprocess.run([*command, "--out", "b.npz"], env=environment, check=True, capture_output=True)
+    assert run(*command, "--out", "b.npz") == 0
     assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
+
+
+def start(command: list[str], count: int) -> list[subprocess.Popen]:
+    """The command in `count` processes that torchrun's environment makes one run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__)), "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "var_fast", *command],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
 
 
 def test_bad_input(model, folder, capsys):

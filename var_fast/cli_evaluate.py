@@ -12,9 +12,15 @@ from var_fast import cli_options as opt
 from var_fast import cli_work as work
 from var_fast.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, help="Measure reconstructions (PSNR, SSIM, code use) and samples (FID).")
+app = typer.Typer(help="Measure reconstructions (PSNR, SSIM, code use) and samples (FID).")
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers here.")]
+
+
+@app.callback(invoke_without_command=True)
+def _no_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help(), end="")
 
 
 @app.command()
@@ -93,7 +99,8 @@ def fid(
 ) -> None:
     """FID of samples against a reference, with a feature network that you give.
 
-    An .npz file holds pictures (arr_0, uint8 (N, H, W, 3)), as export-fid writes them, or ready statistics (mu, sigma).
+    An .npz file holds pictures (arr_0, uint8 (N, H, W, 3)), as export-fid writes them, or ready statistics (mu, sigma),
+    which are taken where a file has both.
     Numbers compare only between runs with the same network.
     Under torchrun the processes share the pictures.
     """

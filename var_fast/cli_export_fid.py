@@ -71,6 +71,7 @@ def export_fid(
         with (
             work.progress("sampling", total, shown=ranks.is_main) as advance,
             work.memory_advice(f"try a --batch below {batch} (and --restart, if there are parts)"),
+            work.others_may_end(f"the parts stay in {exporting.parts_folder(out)}, the same command goes on"),
         ):
 
             def count(images: int) -> None:

@@ -170,6 +170,17 @@ def termination_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def others_may_end(advice: str) -> Iterator[None]:
+    """Turns the words that a rank gets to hear where another one has been killed into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise UserError(f"another process of this run has ended, so all of them do; {advice}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------- after
 def notes(model: str, options: dict[str, Any]) -> dict[str, str]:
     """Text chunks that every picture has."""

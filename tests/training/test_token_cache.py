@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tests.training.data.pictures import CLASSES, write_folder
 from tests.training.token_cache_util import files, tiny_vae
@@ -258,6 +261,13 @@ def test_shard_without_a_readable_image(tmp_path):
         opened.split("train").tokens([2], [0]).tolist()[0]
         == np.load(tmp_path / "cache/train-00002.tokens.npy")[0, 0].tolist()
     )
+
+
+def test_progress_is_shown_with_the_time_left(data, tmp_path):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    write_token_cache(data, tmp_path / "cache", tiny_vae(), console=console)
+    assert re.search(r"tokenizing.*21/21.*0:00:00", screen.getvalue())
 
 
 # -------------------------------------------------------------------------------------------------------------- opening

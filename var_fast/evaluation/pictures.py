@@ -10,6 +10,7 @@ from PIL import Image
 
 from var_fast.errors import UserError
 from var_fast.training.data import ImageSource, open_images
+from var_fast.training.data.image_folder import _pictures
 from var_fast.training.data.pixels import SUFFIXES, decode
 
 
@@ -22,12 +23,7 @@ class PictureFolder:
     def __init__(self, folder: str | Path):
         if not os.path.isdir(folder):
             raise UserError(f"{folder} does not exist, expected a folder of pictures")
-        self._paths = sorted(
-            os.path.join(place, name)
-            for place, _, names in os.walk(folder)
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        )
+        self._paths = [os.path.join(folder, name) for name in _pictures(os.fspath(folder))]
         if not self._paths:
             raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
         self.classes, self.labels = [""], torch.zeros(len(self._paths), dtype=torch.int64)
@@ -43,14 +39,17 @@ class PictureFolder:
 
 
 def open_pictures_of(data: str | Path, split: str) -> ImageSource | PictureFolder:
-    """The pictures of `split` ("train" or "val") where `data` has splits or is tar shards, else all below the folder.
+    """The pictures of `split` ("train" or "val") where `data` has train/ or val/ or tar shards, else all below it.
 
     Raises UserError if there are none.
     """
     if split not in ("train", "val"):
         raise UserError(f"split is {split!r}, expected train or val")
-    if os.path.isdir(data) and not any(name.startswith(("train", "val")) for name in os.listdir(data)):
-        return PictureFolder(data)
+    if os.path.isdir(data):
+        with os.scandir(data) as entries:
+            plain = not any(e.name.endswith(".tar") or (e.name in ("train", "val") and e.is_dir()) for e in entries)
+        if plain:
+            return PictureFolder(data)
     source = open_images(data, split)
     if source is None:
         raise UserError(f"{data} has no split {split!r}, expected --split train")

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import islice
 
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -163,12 +173,46 @@ class Killed:
         return str(i)
 
     def read(self, i):
-        import os
-        import signal
-
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_worker_is_a_user_error():
     with pytest.raises(UserError, match="data: a worker was killed, for want of memory"):
         next(TrainBatches(Killed(), AUGMENTATION, batch=2, seed=0, workers=1))
+
+
+def test_signals_to_all_processes_do_not_end_the_workers(source):
+    """Ctrl-C reaches the workers too, while the trainer still wants to finish its step and save."""
+    before = set(multiprocessing.active_children())
+    batches = TrainBatches(source, AUGMENTATION, batch=6, seed=SEED, workers=2)
+    found = [next(batches)]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    found += islice(batches, 8)
+    assert all(worker.is_alive() for worker in workers)
+    assert_same(found, take(source, 9))
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_script_with_workers_ends(image_folder):
+    script = f"""
+from var_fast.training.data import *
+source = open_images({str(image_folder)!r}, "train")
+batches = TrainBatches(source, Augmentation(8), batch=2, seed=0, workers=2)
+some = evaluation_batches(source, Augmentation(8), batch=2, workers=1)
+print(len(next(batches)), len(next(some)), flush=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2 2\n", "")
+
+
+def test_sources_can_be_sent_to_another_process(source):
+    sent = pickle.loads(pickle.dumps(source))
+    assert sent.fingerprint() == source.fingerprint() and np.array_equal(sent.read(3), source.read(3))

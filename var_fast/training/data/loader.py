@@ -6,8 +6,12 @@ before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import atexit
+import signal
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -60,6 +64,8 @@ class CentreLook:
 
 class TrainBatches:
     """Endless iterator of this rank's batches from step number `first_step` on, `parts` of them for each step.
+
+    The workers begin to decode at once, a few batches ahead, and ignore the signals SIGINT and SIGTERM.
 
     batch: examples of a step, on all ranks together. Every epoch is a fresh permutation of the source. A corrupt image
     is replaced by the next one in the source that can be read. Raises UserError if `batch` cannot be divided among the
@@ -131,7 +137,7 @@ def evaluation_batches(
 
 def read_batches(
     source: ImageSource, look: Look, items: Iterable[list[Item]], *, workers: int, replace: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """A batch for each list of `items`, in their order: what `look` makes of each image. `items` may be endless.
 
     replace: a corrupt image is replaced by the next one of the source that can be read; otherwise it is left out.
@@ -143,14 +149,33 @@ def read_batches(
         batch_sampler=items,
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # so that torch's own is left alone
     )
-    return _checked(loader)
+    batches = _checked(iter(loader))
+    # Workers that ignore signals must be told to end before Python waits for them. Registered after the loader's own
+    # clean-up, so called first.
+    at_exit = partial(_close, weakref.ref(batches))
+    atexit.register(at_exit)
+    weakref.finalize(batches, atexit.unregister, at_exit)
+    return batches
 
 
-def _checked(loader: DataLoader) -> Iterator[Batch]:
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, or a cluster that takes its machine back, signals all processes: the trainer, which still has to save,
+    is the one to tell the workers to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _close(batches: weakref.ref[Generator[Batch]]) -> None:
+    if (alive := batches()) is not None:
+        alive.close()
+
+
+def _checked(loaded: Iterator[Batch | UserError]) -> Generator[Batch]:
     try:
-        for found in loader:
+        for found in loaded:
             if isinstance(found, UserError):
                 raise found
             yield found

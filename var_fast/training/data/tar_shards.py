@@ -92,7 +92,7 @@ def _scan(shard: str) -> list[_Example]:
             while (member := archive.next()) is not None:
                 archive.members = []  # they would all be kept
                 folder, base = os.path.split(member.name)
-                if not member.isreg() or base.startswith("."):
+                if not member.isreg() or member.issparse() or base.startswith("."):
                     continue
                 stem, _, kind = base.partition(".")
                 key, kind = os.path.join(folder, stem), kind.lower()
@@ -101,7 +101,8 @@ def _scan(shard: str) -> list[_Example]:
                         raise UserError(f"data: {shard} holds two pictures of the key {key!r}, expected one")
                     images[key] = member.offset_data, member.size
                 elif kind in LABEL_KINDS and member.size <= LABEL_BYTES:
-                    label = _label(kind, archive.extractfile(member).read(), f"{shard}:{member.name}")
+                    file.seek(member.offset_data)
+                    label = _label(kind, file.read(member.size), f"{shard}:{member.name}")
                     if label is not None:
                         labels.setdefault(key, {})[kind] = label
             # tarfile takes a broken header, and the end of the file, for the end of the archive
