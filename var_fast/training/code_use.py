@@ -36,16 +36,19 @@ class CodeUse:
         self.steps = 0
 
     def percent(self) -> torch.Tensor:
-        """() on the device: percent of the codebook used in the last closed window, at any scale."""
-        return 100.0 * (self.closed_hit_SV.sum(0) > 0).float().mean()
+        """() on the device: percent of the codebook used, at any scale, in the last closed window; before there is one,
+        in the steps so far."""
+        return 100.0 * (self._reported_SV().sum(0) > 0).float().mean()
+
+    def _reported_SV(self) -> torch.Tensor:
+        return torch.where(self.closed_hit_SV.any(), self.closed_hit_SV, self.hit_SV)
 
     def report(self) -> dict[str, Any]:
         """Of the last closed window (before there is one, of the steps so far): percent of codes used, in all and per
         scale, perplexity per scale, and how many codes counted as dead when it ended."""
         from var_fast.evaluation.reconstruction import code_use
 
-        hit_SV = self.closed_hit_SV if bool(self.closed_hit_SV.any()) else self.hit_SV
-        found = {f"train_{name}": value for name, value in code_use(hit_SV).items()}
+        found = {f"train_{name}": value for name, value in code_use(self._reported_SV()).items()}
         return {**found, "dead_codes": int(self.closed_dead)}
 
     def tensors(self) -> dict[str, torch.Tensor]:

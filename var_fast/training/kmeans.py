@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from var_fast.ops import codebook_search
 
 SEED_ROUNDS = 64
-CHUNK = 1 << 16
-"""Vectors compared with the centres at a time."""
+CHUNK = 1 << 26
+"""Distances from vectors to centres that are computed at a time: 256 MB."""
 
 
 def nearest(z_NC: torch.Tensor, centre_VC: torch.Tensor, cosine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of each vector's nearest centre (N,) and the squared distance to it (N,); with `cosine` both at unit
     length."""
     pieces = []
-    for z in z_NC.split(CHUNK):
+    for z in z_NC.split(max(1, CHUNK // len(centre_VC))):
         idx = codebook_search(z, centre_VC, cosine)
         pair = (z, centre_VC[idx])
         if cosine:

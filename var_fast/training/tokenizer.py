@@ -27,8 +27,8 @@ from var_fast.training.files import weights_hash
 from var_fast.training.lpips import load_lpips
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
 from var_fast.training.order import step_seed
+from var_fast.training.parallel import parallelise
 from var_fast.training.ranks import Ranks
-from var_fast.training.replicas import average_gradients
 from var_fast.training.schedule import cosine_factor
 from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
 
@@ -74,7 +74,7 @@ class TokenizerJob:
         self.ema = Ema(self.vae, average, s.ema)
         groups = weight_groups(self.vae, s.weight_decay, bare=("embedding",))
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.99), fused=True)
-        self.model = average_gradients(self.vae, ranks)
+        self.model = parallelise(self.vae, ranks)
         self.lpips = load_lpips(s.lpips_weights, s.vgg_weights).to(device) if s.lpips > 0 else None
         self.adversary = build_adversary(
             s.discriminator,

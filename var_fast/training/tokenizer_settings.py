@@ -10,7 +10,7 @@ from var_fast.errors import UserError
 from var_fast.models import VQVAE
 from var_fast.models.gradient_estimators import GRADIENTS
 from var_fast.training.adversary import DISCRIMINATORS
-from var_fast.training.checks import check_settings, user_errors
+from var_fast.training.checks import check_settings, check_values, user_errors
 from var_fast.training.codebook import STARTS
 from var_fast.training.settings import setting
 
@@ -109,13 +109,7 @@ _CHOICES = {
 
 def check_tokenizer_settings(settings: TokenizerSettings) -> None:
     """Raises UserError, naming the setting, if one makes no sense."""
-    for expected, (holds, names) in _EXPECTED.items():
-        for name in names.split():
-            if not holds(getattr(settings, name)):  # not holds: NaN is refused
-                raise UserError(f"{name}: got {getattr(settings, name)!r}, expected {expected}")
-    for name, choices in _CHOICES.items():
-        if getattr(settings, name) not in choices:
-            raise UserError(f"{name}: got {getattr(settings, name)!r}, expected one of {', '.join(choices)}")
+    check_values(settings, _EXPECTED, _CHOICES)
     check_settings(settings)
     down, side = 2 ** (len(settings.ch_mult) - 1), settings.patch_nums[-1]
     if settings.size != down * side:

@@ -13,8 +13,8 @@ from var_fast.training.adversary.losses import LeCam, hinge_discriminator, hinge
 from var_fast.training.adversary.patchgan import PatchGan
 from var_fast.training.adversary.vit import load_vit
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
+from var_fast.training.parallel import parallelise
 from var_fast.training.ranks import Ranks
-from var_fast.training.replicas import average_gradients
 
 DISCRIMINATORS = ("none", "patchgan", "dino")
 LOGGED = ("disc_loss", "disc_real", "disc_fake", "disc_grad_norm")
@@ -49,7 +49,7 @@ class Adversary:
         self.lecam = LeCam(ranks.device)
         # The betas of Esser et al. 2021; a discriminator whose gradient turns must forget soon.
         self.optimizer = torch.optim.AdamW(weight_groups(network, 0.0), lr=lr, betas=(0.5, 0.9), fused=True)
-        self._judge = average_gradients(self.network, ranks)
+        self._judge = parallelise(self.network, ranks)
 
     def generator_loss(self, fake_B3HW: torch.Tensor) -> torch.Tensor:
         """What a reconstruction is told, (); its gradient reaches the pictures alone."""
