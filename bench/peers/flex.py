@@ -6,6 +6,8 @@ import os
 import shutil
 from dataclasses import replace
 
+import torch
+
 from bench.case import CannotRun, Case, Implementations
 from bench.peers import base
 from bench.peers.compile import forget_compiled

@@ -83,7 +83,8 @@ class Peer(base.Peer):
         if case.dtype == torch.float32:
             name, dtype, cast = "published", torch.float32, lambda function: function
         else:
-            name, dtype = "published-autocast", half or (torch.float16 if case.device.type == "cuda" else torch.bfloat16)
+            name = "published-autocast"
+            dtype = half or (torch.float16 if case.device.type == "cuda" else torch.bfloat16)
             cast = torch.autocast(case.device.type, dtype=dtype)
         try:
             call = build(*self._build(case), cast)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluation.two_ranks import on_two_ranks
+from tests.two_ranks import on_two_ranks
 from var_fast.errors import UserError
 from var_fast.evaluation.features import count_pictures, load_feature_network, picture_statistics
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.evaluation.two_ranks import on_two_ranks
+from tests.two_ranks import on_two_ranks
 from var_fast.errors import UserError
 from var_fast.evaluation.fid import FeatureStatistics, fid
 

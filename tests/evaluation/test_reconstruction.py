@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.evaluation.two_ranks import on_two_ranks
+from tests.two_ranks import on_two_ranks
 from var_fast import VQVAE
 from var_fast.errors import UserError
 from var_fast.evaluation.reconstruction import code_use, reconstruction_metrics

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.two_ranks import on_two_ranks
 from var_fast import VQVAE, VectorQuantizer2
 from var_fast.models.phi import nearest_layer
 
@@ -93,23 +90,18 @@ def test_code_use_without_a_process_group():
     assert q.record_hit == 2
 
 
-def _one_rank(rank, port, path):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _one_rank(ranks):
     q = quantizer().train()
-    q(torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(1))[2 * rank : 2 * rank + 2])
-    torch.save(q.ema_vocab_hit_SV, f"{path}/{rank}.pt")
-    dist.destroy_process_group()
+    q(torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(1))[2 * ranks.rank :][:2])
+    return q.ema_vocab_hit_SV
 
 
-def test_code_use_is_summed_over_ranks(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_one_rank, args=(port, str(tmp_path)), nprocs=2)
+def test_code_use_is_summed_over_ranks():
+    (found,) = on_two_ranks(_one_rank)
     q = quantizer().train()
     q(torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(1)))
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), q.ema_vocab_hit_SV)
+    for hit_SV in found:
+        assert torch.equal(hit_SV, q.ema_vocab_hit_SV)
 
 
 def test_progressive_training_limits_the_scales():

@@ -20,7 +20,7 @@ from tests.training.data.pictures import write_folder
 from var_fast.training.run_checkpoints import RunCheckpoints, read_facts, resolve
 
 STEPS = 30
-SMALL = ["--no-tensorboard", "--batch", "4", "--log-every-steps", "2", "--save-every", "0", "--save-every-steps", "3", "--keep", "2"]
+SMALL = "--no-tensorboard --batch 4 --log-every-steps 2 --save-every 0 --save-every-steps 3 --keep 2".split()
 SHAPE = "--size 8 --ch 32 --ch-mult 1,1 --patch-nums 1,2,4 --vocab-size 24 --z-channels 4 --revive-every 5".split()
 TOKENIZER = ["tokenizer", *SHAPE, "--kmeans-batches", "1", "--eval-every-steps", "16", *SMALL]
 TRANSFORMER = "transformer --depth 2 --embed-dim 32 --num-heads 2 --drop-path 0.1 --eval-every-steps 16".split() + SMALL
@@ -33,9 +33,7 @@ def command(ranks: int, words: list[str]) -> list[str]:
 
 def start(ranks: int, words: list[str]) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(
-        command(ranks, words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-    )
+    return subprocess.Popen(command(ranks, words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def finish(ranks: int, words: list[str]) -> str:

@@ -157,7 +157,7 @@ def test_evaluation_samples_and_saved_model(tmp_path):
             assert len(found[f"{side}_{name}"]) == 3
     # A scale of one token per picture cannot use more codes than there are pictures.
     assert found["val_perplexity_per_scale"][0] <= 7 + 1e-6
-    job.save_model(tmp_path / "model")
+    job.model_writer()(tmp_path / "model")
     saved = load_checkpoint(tmp_path / "model")
     assert saved.var is None and weights_hash(saved.vae) == weights_hash(job.ema.average)
     assert weights_hash(saved.vae) != weights_hash(job.vae)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.training.tokenizer_job_util import TINY, catch_gradients, make_job, run_steps, write_weight_files
+from tests.two_ranks import on_two_ranks
 from var_fast.training.files import weights_hash
-from var_fast.training.ranks import Ranks, join_ranks
+from var_fast.training.ranks import Ranks
 
 PAIRED = {
     "plain": dict(codebook_start="random"),
@@ -61,23 +60,12 @@ def all_findings(weight_files: dict[str, str], ranks: Ranks) -> dict:
     return found
 
 
-def one_rank(rank: int, port: int, folder: str, weight_files: dict[str, str]) -> None:
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    with join_ranks(torch.device("cpu")) as ranks:
-        torch.save(all_findings(weight_files, ranks), f"{folder}/{rank}.pt")
-
-
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory):
     """Of both ranks, and of one process alone."""
     folder = tmp_path_factory.mktemp("ranks")
     weight_files = write_weight_files(folder)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(one_rank, args=(port, str(folder), weight_files), nprocs=2)
-    both = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    (both,) = on_two_ranks(partial(all_findings, weight_files))
     return *both, all_findings(weight_files, Ranks())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
 
-from tests.training.toy_run import finished, fork_ranks
+from tests.two_ranks import on_two_ranks
 from var_fast.checkpoint import load_checkpoint, save_checkpoint
 from var_fast.errors import UserError
 from var_fast.models import VQVAE
@@ -156,13 +156,14 @@ def _as_one_rank(ranks: Ranks) -> None:
         assert job._hidden(7, 0, 4).tolist() == alone._hidden(7, 0, 8).tolist()[4 * ranks.rank :][:4]
 
 
-def _saved_models_are_alike(ranks: Ranks, folder) -> None:
+def _save_models(folder, ranks: Ranks) -> None:
     for parallel in ("ddp", "fsdp"):
         job = job_of(ranks, parallel=parallel)
         train(job, 0, 2)
+        write = job.model_writer()
+        assert (write is not None) == ranks.is_main
         if ranks.is_main:
-            (folder / parallel).mkdir()
-        job.save_model(folder / parallel)
+            write(folder / parallel)
         job.draw_samples(folder / f"{parallel}.png", 2)
         job.step(2, 0.1, next(job.batches(2)))  # and training goes on
 
@@ -170,11 +171,11 @@ def _saved_models_are_alike(ranks: Ranks, folder) -> None:
 def test_two_ranks_give_the_gradients_of_one_with_the_whole_batch():
     """DDP and FSDP2 on gloo against one rank with the same batch: gradients to 1e-6, weights after three steps of
     AdamW, which divides by their size, to 1e-5."""
-    assert finished(fork_ranks(2, _as_one_rank))
+    on_two_ranks(_as_one_rank)
 
 
 def test_sharded_weights_are_saved_as_whole_ones(tmp_path):
-    assert finished(fork_ranks(2, lambda ranks: _saved_models_are_alike(ranks, tmp_path)))
+    on_two_ranks(partial(_save_models, tmp_path))
     ddp, fsdp = (load_checkpoint(tmp_path / name) for name in ("ddp", "fsdp"))
     assert_close(dict(fsdp.var.state_dict()), dict(ddp.var.state_dict()), 1e-5)
     assert ddp.classes == fsdp.classes == ["a", "b", "c"]

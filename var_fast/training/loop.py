@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,8 +67,8 @@ class Job(Protocol):
     def draw_samples(self, path: Path, step: int) -> None:
         """Writes a picture that shows how far it is."""
 
-    def save_model(self, folder: Path) -> None:
-        """Writes the averaged weights as a folder that load_checkpoint reads."""
+    def model_writer(self) -> Callable[[Path], None] | None:
+        """On the main rank what fills a folder with the averaged weights, for load_checkpoint; None on the others."""
 
     def batch_for_study(self, batch: Any) -> dict[str, Any]:
         """The tensors of a batch that went wrong, to be saved."""
@@ -406,11 +406,10 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _write_model(self, folder: Path) -> None:
+        write = self.job.model_writer()
         with self.ranks.together():
-            if self.is_main:
-                replace_folder(folder, self.job.save_model)
-            else:
-                self.job.save_model(folder)
+            if write is not None:
+                replace_folder(folder, write)
 
     def _failed(self, step: int, why: str, batch: dict[str, Any]) -> None:
         """Saves the batch, and raises."""

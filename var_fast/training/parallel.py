@@ -26,6 +26,8 @@ def parallelise(model: nn.Module, ranks: Ranks, strategy: str = "ddp", blocks: I
     if ranks.count == 1:
         return model
     if strategy == "ddp":
+        # its successor is not in the oldest torch that this runs on
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         place = [ranks.device] if ranks.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
             model, device_ids=place, broadcast_buffers=False, gradient_as_bucket_view=True

@@ -3,7 +3,7 @@ losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -266,11 +266,10 @@ class TokenizerJob:
                     pairs = torch.stack([img, again], 1).flatten(0, 1).add(1).mul(0.5).clamp(0, 1)
                     save_png(make_grid(pairs.cpu(), columns=8), path)
 
-    def save_model(self, folder: Path) -> None:
-        """The averaged tokenizer in float32, as a folder for load_checkpoint. Collective; the main rank writes it."""
-        with self.ranks.together():
-            if self.ranks.is_main:
-                save_checkpoint(folder, self.ema.average, dtype=torch.float32)
+    def model_writer(self) -> Callable[[Path], None] | None:
+        """Writes the averaged tokenizer in float32."""
+        average = self.ema.average
+        return (lambda folder: save_checkpoint(folder, average, dtype=torch.float32)) if self.ranks.is_main else None
 
     def batch_for_study(self, batch: Batch) -> dict[str, torch.Tensor]:
         """A batch as tensors, to be saved where a step went wrong."""

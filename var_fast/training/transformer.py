@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +271,10 @@ class TransformerJob:
                 save_png(make_grid(images_B3HW.float().cpu(), 4), path, text)
         self.var.train()
 
-    def save_model(self, folder: Path) -> None:
+    def model_writer(self) -> Callable[[Path], None] | None:
+        """Writes both models in float32."""
         var = self._plain_average(torch.device("cpu"))
-        if var is not None:
-            save_checkpoint(folder, self.vae, var, classes=self.classes)
+        return None if var is None else lambda folder: save_checkpoint(folder, self.vae, var, classes=self.classes)
 
     @torch.no_grad()
     def _plain_average(self, device: torch.device) -> VAR | None:
