@@ -362,8 +362,13 @@ def test_help_and_version(capsys):
 def test_train_is_handed_its_arguments(folder, capsys):
     assert "No such option" in refused(capsys, folder, "train", "tokenizer", "--unheard-of", "3")
     assert "does not exist" in refused(capsys, folder, "train", "tokenizer", "--steps", 1, "--data", "missing")
-    assert "ch: got 0, expected 1" in refused(capsys, folder, "train", "tokenizer", "--steps", 1, "--ch", 0)
-    assert "expected at least one limit" in refused(capsys, folder, "train", "tokenizer")
+    tokenizer = ("train", "tokenizer", "--data", "missing")
+    assert "ch: got 0, expected 1" in refused(capsys, folder, *tokenizer, "--ch", 0)
+    assert "ch_mult: got '1,x'" in refused(capsys, folder, *tokenizer, "--ch-mult", "1,x")
+    assert "preset: got 'large', expected one of small" in refused(capsys, folder, *tokenizer, "--preset", "large")
+    assert "steps, epochs: got both" in refused(capsys, folder, *tokenizer, "--steps", 1, "--epochs", 1)
+    assert "depth: got 0" in refused(capsys, folder, "train", "transformer", "--data", "missing", "--depth", 0)
+    assert "Missing option '--data'" in refused(capsys, folder, "train", "tokenizer")
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""A tiny emoji folder and tiny models, so that real training code runs in seconds."""
+"""A tiny emoji folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from var_fast.training.tokenizer import TokenizerSettings
 
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 
@@ -54,21 +52,3 @@ def emoji_folder(tmp_path_factory) -> Path:
     entries += [entry(f"{0x1F600 + i:X}", "rare") for i in range(3)]
     entries.append(entry("1F3FB", "skin-tone", category="Component"))
     return write_emoji(tmp_path_factory.mktemp("emoji"), entries)
-
-
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> TokenizerSettings:
-    """16 px, 4x4 latent, 24 codes: a step takes some ten milliseconds."""
-    return TokenizerSettings(
-        size=16,
-        vocab_size=24,
-        z_channels=4,
-        ch=32,
-        ch_mult=(1, 1, 1),
-        patch_nums=(1, 2, 4),
-        batch=4,
-        warmup_steps=2,
-        revive_every=3,
-        ema=0.9,
-        seed=3,
-    )

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.training.conftest import entry, write_emoji
 from var_fast.errors import UserError
-from var_fast.training.emoji import base_group, load_emoji, to_float
+from var_fast.training.emoji import base_group, load_emoji
 
 
 @pytest.mark.parametrize(
@@ -67,10 +66,6 @@ def test_pictures_are_on_white(tmp_path):
     assert image[:, 5, 5].tolist() == [255, 255, 255]
     assert image[:, 5, 60].tolist() == [200, 10, 30]
     assert load_emoji(root, 32, min_per_class=1).images_u8.shape == (1, 3, 32, 32)
-
-
-def test_to_float_spans_minus_one_to_one():
-    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize("break_it", ["missing", "no json", "no pictures"])

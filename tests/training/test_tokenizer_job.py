@@ -26,7 +26,7 @@ from var_fast.training import tokenizer as tokenizer_module
 from var_fast.training.files import weights_hash
 from var_fast.training.order import step_seed
 from var_fast.training.ranks import Ranks
-from var_fast.training.tokenizer import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
+from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
 
 
 @pytest.fixture(scope="module")

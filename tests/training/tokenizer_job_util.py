@@ -13,7 +13,8 @@ from var_fast.training.adversary.vit import VitFeatures
 from var_fast.training.lpips import STAGES, Lpips
 from var_fast.training.order import step_seed
 from var_fast.training.ranks import Ranks
-from var_fast.training.tokenizer import TokenizerJob, TokenizerSettings
+from var_fast.training.tokenizer import TokenizerJob
+from var_fast.training.tokenizer_settings import TokenizerSettings
 
 TINY = TokenizerSettings(
     size=16,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -20,8 +20,8 @@ from var_fast.training.ranks import Ranks, join_ranks
 from var_fast.training.recipes import TRANSFORMER_PRESETS
 from var_fast.training.schedule import Limits
 from var_fast.training.settings import takes_settings
-from var_fast.training.tokenizer import TOKENIZER_PRESETS, TokenizerSettings
-from var_fast.training.transformer_settings import TransformerSettings
+from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, check_tokenizer_settings
+from var_fast.training.transformer_settings import TransformerSettings, check_transformer_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,14 +80,19 @@ def _ranks(threads: int | None, device: str) -> Iterator[tuple[Ranks, Console]]:
         yield ranks, Console(quiet=not ranks.is_main)
 
 
-def _limits(
-    chosen: dict[str, Any], steps: int | None, epochs: float | None, minutes: float | None, images: int
-) -> Limits:
-    """The length of the run; that of the preset where the user gave none."""
-    usual = chosen.pop("epochs", None)
-    if steps is None and minutes is None and epochs is None:
+def _length(
+    usual: float | None, steps: int | None, epochs: float | None, minutes: float | None
+) -> Callable[[int, int], Limits]:
+    """The length of the run as a function of (images, batch); `usual` epochs where the user gave none. Raises UserError
+    at once for a length that makes no sense."""
+    if steps is None and epochs is None and minutes is None:
         epochs = usual
-    return Limits.of(steps, epochs, minutes, images=images, batch=chosen["batch"])
+
+    def limits(images: int, batch: int) -> Limits:
+        return Limits.of(steps, epochs, minutes, images=images, batch=batch)
+
+    limits(1, 1)
+    return limits
 
 
 @app.command()
@@ -123,20 +128,14 @@ def tokenizer(
     from var_fast.training.tokenizer import TokenizerJob
 
     chosen = _of_preset(TOKENIZER_PRESETS, preset, settings)
-    length = chosen.pop("epochs", None)
+    length = _length(chosen.pop("epochs", None), steps, epochs, minutes)
     made = TokenizerSettings(**chosen)
-    cadence = Cadence(
-        save_every_s=save_every,
-        save_every_steps=save_every_steps,
-        eval_every_steps=eval_every_steps,
-        sample_every_steps=sample_every_steps,
-        log_every_steps=log_every_steps,
-        keep=keep,
-    )
+    check_tokenizer_settings(made)
+    cadence = Cadence(save_every, save_every_steps, eval_every_steps, sample_every_steps, log_every_steps, keep)
     with _ranks(threads, device) as (ranks, console):
         train = open_images(data, "train")
         val = open_images(data, "val", classes=train.classes)
-        limits = _limits({"epochs": length, "batch": made.batch}, steps, epochs, minutes, len(train))
+        limits = length(len(train), made.batch)
         job = TokenizerJob(made, train, val, ranks, workers=workers, val_images=val_images)
         _say_what(console, job.vae, len(train), len(val) if val else 0, limits)
         run_loop(
@@ -199,19 +198,13 @@ def transformer(
     from var_fast.training.transformer import TransformerJob
 
     chosen = _of_preset(TRANSFORMER_PRESETS, preset, settings)
-    length = chosen.pop("epochs", None)
+    length = _length(chosen.pop("epochs", None), steps, epochs, minutes)
     made = TransformerSettings(**chosen)
-    cadence = Cadence(
-        save_every_s=save_every,
-        save_every_steps=save_every_steps,
-        eval_every_steps=eval_every_steps,
-        sample_every_steps=sample_every_steps,
-        log_every_steps=log_every_steps,
-        keep=keep,
-    )
+    check_transformer_settings(made)
+    cadence = Cadence(save_every, save_every_steps, eval_every_steps, sample_every_steps, log_every_steps, keep)
     with _ranks(threads, device) as (ranks, console):
         vae, source = _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_images)
-        limits = _limits({"epochs": length, "batch": made.batch}, steps, epochs, minutes, source.images)
+        limits = length(source.images, made.batch)
         job = TransformerJob(made, vae, source, ranks, limits.steps)
         _say_what(console, job.var, source.images, None, limits)
         run_loop(

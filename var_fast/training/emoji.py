@@ -18,9 +18,6 @@ import torch
 from PIL import Image
 
 from var_fast.errors import UserError
-from var_fast.training.data.pixels import to_float
-
-__all__ = ["EmojiSet", "base_group", "load_emoji", "to_float", "unit_hash"]
 
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 # Zero-width joiner, variation selector, female and male sign, "facing right": they vary an emoji, they do not name it.

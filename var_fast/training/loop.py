@@ -80,7 +80,6 @@ class Cadence:
 
     save_every_s: float = 300.0
     save_every_steps: int = 1000
-    eval_every_s: float = 0.0
     eval_every_steps: int = 1000
     sample_every_steps: int = 1000
     log_every_steps: int = 20
@@ -88,7 +87,7 @@ class Cadence:
     diverged_at: float = 4.0  # the loss is lost if its running mean is so many times the lowest one
 
     def __post_init__(self) -> None:
-        for name in ("save_every_s", "save_every_steps", "eval_every_s", "eval_every_steps", "sample_every_steps"):
+        for name in ("save_every_s", "save_every_steps", "eval_every_steps", "sample_every_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 0 or more")
         if not self.log_every_steps >= 1:
@@ -257,13 +256,13 @@ class _Run:
     # -------------------------------------------------------------------------------------------------- training
     def train(self, caught: list[int]) -> Outcome:
         """Steps until the end, with everything that falls due between them."""
-        self.started = self.saved_at = self.evaluated_at = self.logged_at = time.monotonic()
+        self.started = self.saved_at = self.logged_at = time.monotonic()
         self.logged_step = self.step
         batches = None
         finished = False
         with self._bar() as show:
             while True:
-                progress, stop, save_due, evaluation_due = self._agree(caught)
+                progress, stop, save_due = self._agree(caught)
                 if progress >= 1.0:
                     finished = True
                     break
@@ -278,7 +277,7 @@ class _Run:
                 # One step late: then the device has work to do while the host looks at the numbers.
                 self.watch.look(self.step, values, self.job.batch_for_study(batch), self._failed)
                 self.step += 1
-                self._fall_due(show, save_due, evaluation_due)
+                self._fall_due(show, save_due)
             self.watch.settle(self._failed)
             show(self.progress(), "")
         best = finished and self.evaluated_step != self.step and self.evaluate()
@@ -301,30 +300,25 @@ class _Run:
     def progress(self) -> float:
         return self.limits.progress(self.step, self.elapsed())
 
-    def _agree(self, caught: list[int]) -> tuple[float, bool, bool, bool]:
-        """(progress, whether to stop, to save, to evaluate) as all ranks see it: clocks and signals differ."""
-        now = time.monotonic()
-        c = self.cadence
-        own = [
-            self.progress(),
-            float(bool(caught)),
-            float(c.save_every_s > 0 and now - self.saved_at >= c.save_every_s),
-            float(c.eval_every_s > 0 and now - self.evaluated_at >= c.eval_every_s),
-        ]
+    def _agree(self, caught: list[int]) -> tuple[float, bool, bool]:
+        """(progress, whether to stop, whether to save) as all ranks see it: clocks and signals differ."""
+        every_s = self.cadence.save_every_s
+        save_due = every_s > 0 and time.monotonic() - self.saved_at >= every_s
+        own = [self.progress(), float(bool(caught)), float(save_due)]
         if self.ranks.count > 1:
             agreed = torch.tensor(own, dtype=torch.float64)
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.ranks.control)
             own = agreed.tolist()
-        return own[0], own[1] > 0, own[2] > 0, own[3] > 0
+        return own[0], own[1] > 0, own[2] > 0
 
-    def _fall_due(self, show, save_due: bool, evaluation_due: bool) -> None:
+    def _fall_due(self, show, save_due: bool) -> None:
         c, step = self.cadence, self.step
         if step % c.log_every_steps == 0:
             means = self._write_window()
             left = self.elapsed() * (1 - self.progress()) / max(1e-9, self.progress())
             facts = " ".join(f"{k} {v:.4g}" for k, v in means.items() if isinstance(v, float))
             show(self.progress(), f"step {step} {facts}, {left / 60:.0f} min left")
-        if evaluation_due or (c.eval_every_steps and step % c.eval_every_steps == 0):
+        if c.eval_every_steps and step % c.eval_every_steps == 0:
             if self.evaluate():
                 self.save(best=True)
         if c.sample_every_steps and step % c.sample_every_steps == 0:
@@ -362,7 +356,7 @@ class _Run:
     def evaluate(self) -> bool:
         """Held-out numbers into the log; whether they are the best so far."""
         metrics = self.job.evaluate()
-        self.evaluated_at, self.evaluated_step = time.monotonic(), self.step
+        self.evaluated_step = self.step
         if not metrics:
             return False
         self.metrics = metrics

@@ -58,7 +58,10 @@ def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     is_tuple = typing.get_origin(hint) is tuple
     default = field.default
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else {None: "none"}.get(default, default)
+    if isinstance(default, tuple):
+        shown = ",".join(map(str, default))
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else default if default not in (None, "") else "none"
     option = typer.Option(help=f"{field.metadata['help']} Default: {shown}.", rich_help_panel=field.metadata["panel"])
     return inspect.Parameter(
         field.name,

@@ -30,9 +30,7 @@ from var_fast.training.order import step_seed
 from var_fast.training.parallel import parallelise
 from var_fast.training.ranks import Ranks
 from var_fast.training.schedule import cosine_factor
-from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, build_tokenizer
-
-__all__ = ["TOKENIZER_PRESETS", "TokenizerJob", "TokenizerSettings", "build_tokenizer"]
+from var_fast.training.tokenizer_settings import TokenizerSettings, build_tokenizer
 
 SAMPLES = 16  # pictures in a sample sheet
 REPORT_EVERY = 100  # steps of a window of code use, where codes are not revived
