@@ -20,6 +20,7 @@ from tests.cli_util import CLASSES, SIZE, read, refused, run
 from var_fast import VAR, VQVAE, Sampler, cli_models
 from var_fast.checkpoint import save_checkpoint
 from var_fast.cli_arguments import image_name, parse_labels, parse_seeds, spread
+from var_fast.cli_models import pick_device
 from var_fast.errors import UserError
 from var_fast.images import save_png
 
@@ -432,3 +433,23 @@ def test_batch_is_the_number_of_images_made_at_once(model, tmp_path, monkeypatch
     monkeypatch.setattr(engine.Sampler, "__init__", init)
     assert sample(model, "--seeds", "0-69", "--batch", 70, "--out", tmp_path / "x.png") == 0
     assert seen == [70]
+
+
+def test_each_process_of_torchrun_gets_a_gpu_of_its_own(monkeypatch):
+    """On a machine that says it has four: the device that is tried, and what is refused."""
+    tried = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: tried.append(str(device)) or torch.ones(1))
+    assert str(pick_device("auto")) == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert str(pick_device("cuda")) == str(pick_device("auto")) == "cuda:3"
+    assert str(pick_device("cpu")) == "cpu"
+    with pytest.raises(UserError, match="--device is 'cuda:1', expected cuda or auto where several processes"):
+        pick_device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert str(pick_device("cuda:1")) == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees only its own
+    assert str(pick_device("cuda")) == "cuda:0"
+    assert tried == ["cuda", "cuda:3", "cuda:3", "cpu", "cuda:1", "cuda:0"]

@@ -20,6 +20,14 @@ def export_fid(
     vae_ckpt: opt.Vae = None,
     var_ckpt: opt.Var = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images of each class.", rich_help_panel=opt.IMAGES)] = 50,
+    interleave: Annotated[
+        bool,
+        typer.Option(
+            "--interleave",
+            help="All classes in turn, not one after another: for the evaluator's Inception Score.",
+            rich_help_panel=opt.IMAGES,
+        ),
+    ] = False,
     seed: Annotated[
         int,
         typer.Option(
@@ -84,6 +92,7 @@ def export_fid(
                     sampler,
                     out,
                     per_class=per_class,
+                    interleave=interleave,
                     cfg=cfg,
                     top_k=top_k,
                     top_p=top_p,

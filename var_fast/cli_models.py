@@ -87,13 +87,21 @@ def image_size(vae: VQVAE) -> int:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that --device names; auto: a GPU if there is one. Raises UserError if it cannot compute here."""
+    """The device that --device names; auto: a GPU if there is one. Raises UserError if it cannot compute here.
+
+    Of the processes that torchrun started here, each gets the GPU of its LOCAL_RANK.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device is {device!r}, expected auto, cpu, cuda, cuda:1 or the like") from None
+    if place.type == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        if place.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise UserError(f"--device is {device!r}, expected cuda or auto where several processes share the GPUs")
+        if place.index is None:
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         torch.zeros(1, device=place).item()  # "meta" has shapes but no data
     except (RuntimeError, AssertionError, ImportError) as error:

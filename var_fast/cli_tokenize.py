@@ -110,7 +110,8 @@ def _print(summary: CacheSummary, out: Path, processes: int) -> None:
     images = ", ".join(f"{count} of {split}" for split, count in summary.images.items())
     print(f"images:    {images}")
     if summary.skipped:
-        print(f"skipped:   {len(summary.skipped)} that cannot be read, named in index.json: {summary.skipped[0]}, ...")
+        first = summary.skipped[0].encode("utf-8", "replace").decode()  # any byte may be in a file's name
+        print(f"skipped:   {len(summary.skipped)} that cannot be read, named in index.json: {first}, ...")
     print(f"sequences: {summary.sequences}, {summary.bytes / 1e6:.1f} MB")
     if summary.encoded:
         share = f" in one of {processes} processes" if processes > 1 else ""

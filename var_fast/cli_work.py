@@ -82,8 +82,8 @@ def make_images(
     """Images of the B pairs, made `batch` at a time with a progress bar, and the seconds it took.
 
     `make` yields images (b, 3, H, W) of b labels and seeds `steps` times; so many tensors (B, 3, H, W) come back. Each
-    rank makes a contiguous share of the pairs, and all of them get all images; the bar is the main rank's and shows its
-    share. Raises UserError if memory runs out and if the last images are not finite.
+    rank makes a contiguous share of the pairs, and the main one gets all images (the others none); the bar is the main
+    rank's and shows its share. Raises UserError if memory runs out and if the last images are not finite.
     """
     import torch
 
@@ -105,8 +105,10 @@ def make_images(
             for images_B3HW in make(labels, seeds):
                 parts[-1].append(images_B3HW.cpu())
                 advance(len(labels))
-    parts = [part for of_one_rank in ranks.gather(parts) for part in of_one_rank]
+    parts = [part for of_one_rank in ranks.to_main(parts) for part in of_one_rank]
     seconds = time.perf_counter() - began
+    if not ranks.is_main:
+        return [], seconds
     images_per_step = [torch.cat(step) for step in zip(*parts)]
     require_finite(images_per_step[-1], "sampled images")
     return images_per_step, seconds

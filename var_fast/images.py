@@ -15,6 +15,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from var_fast.errors import UserError
 
+# Not all that Pillow knows: of some formats it asks other programs, which a picture from anywhere must not start.
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
 
 def load_image(path: str | os.PathLike[str], size: int | None = None, resize: bool = False) -> torch.Tensor:
     """Reads a picture as float32 (3, H, W) in [-1, 1], upright (EXIF), transparency laid over white.
@@ -26,8 +29,8 @@ def load_image(path: str | os.PathLike[str], size: int | None = None, resize: bo
         with warnings.catch_warnings():
             # A picture of absurd size is an error here, not a remark on stderr.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                picture = _to_rgb(ImageOps.exif_transpose(file))
+            with Image.open(path, formats=FORMATS) as file:
+                picture = to_rgb(ImageOps.exif_transpose(file))
     except Image.UnidentifiedImageError:
         raise UserError(f"cannot read image {str(path)!r}: not a picture in a known format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -42,7 +45,7 @@ def load_image(path: str | os.PathLike[str], size: int | None = None, resize: bo
     return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float().div(127.5).sub(1.0).contiguous()
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         # Pillow would clip 16-bit greys at 255. 65535 = 257 * 255; the addition makes its truncation a rounding.
         return picture.point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")

@@ -60,6 +60,15 @@ def test_holds_the_samplers_images_in_the_order_of_classes(var, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_interleaved_every_class_is_in_every_stretch(var, sampler, tmp_path, whole):
+    export_fid(sampler, tmp_path / "a.npz", per_class=3, seed=7, interleave=True, **OPTIONS)
+    found = np.load(tmp_path / "a.npz", allow_pickle=False)["arr_0"]
+    expected = Sampler(var, dtype="float32").sample([0, 1, 2, 3] * 3, [7 * 2**32 + i for i in range(12)], **OPTIONS)
+    np.testing.assert_array_equal(found, expected.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
+    with pytest.raises(UserError, match="interleave"):
+        export_fid(sampler, tmp_path / "a.npz", per_class=3, seed=7, **OPTIONS)
+
+
 def test_seeds_and_levels():
     assert [image_seed(0, 7), image_seed(2, 7), image_seed(2**31 - 1, 2**32 - 1)] == [7, 2**33 + 7, 2**63 - 1]
     levels = torch.arange(256).float().div(255)

@@ -53,3 +53,18 @@ def test_a_full_disk_is_a_user_error(tmp_path):
     log._file = open(tmp_path / "log.jsonl", "wb", buffering=0)
     with pytest.raises(UserError, match=r"cannot write .*log\.jsonl: No space left on device"):
         log.write("train", 1, {"loss": 1.0})
+
+
+def test_a_full_disk_ends_tensorboards_files_and_not_the_run(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, tensorboard=False)
+
+    class Full:
+        def add_scalar(self, *arguments):
+            raise OSError(28, "No space left on device")
+
+    log._board = Full()
+    log.write("train", 1, {"loss": 1.0})
+    log.write("train", 2, {"loss": 1.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.count("no more TensorBoard files") == 1

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,39 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path,
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_sigterm_changes_nothing(tmp_path):
+    """A cluster signals every process, and torchrun passes its own signal on."""
+    job = CountJob(at=3, do=lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(3)] and None)
+    assert run(job, tmp_path, 9).step == 4
+    assert RunCheckpoints(tmp_path / "checkpoints").latest().name == "step-00000004"
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_is_tried(tmp_path, capsys, monkeypatch):
+    real, calls = RunCheckpoints._write, []
+
+    def fail_first(self, staged, writer):
+        calls.append(writer)
+        if len(calls) == 1:
+            self._failure = UserError("cannot write step 2: No space left on device")
+        else:
+            real(self, staged, writer)
+
+    monkeypatch.setattr(RunCheckpoints, "_write", fail_first)
+    assert run(CountJob(), tmp_path, 6, cadence=Cadence(save_every_steps=2)).finished
+    assert "warning: cannot write step 2" in capsys.readouterr().out
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("name", ["disc_loss", "disc_grad_norm"])
+def test_a_lost_discriminator_stops_the_run_too(tmp_path, name):
+    class Adversarial(CountJob):
+        def step(self, step, progress, batch):
+            return {**super().step(step, progress, batch), name: torch.tensor(1.0 if step != 3 else float("nan"))}
+
+    with pytest.raises(UserError, match=f"{name} became nan at step 3"):
+        run(Adversarial(), tmp_path, 9)
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_batch_and_checkpoint(tmp_path):
     job = CountJob(at=5, do=lambda: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="loss became nan at step 5; its batch is in .*step-00000004 is from before"):
@@ -149,7 +183,19 @@ def test_settings_that_are_not_compared(tmp_path):
 def test_another_runs_checkpoint_can_be_gone_on_from(tmp_path):
     whole = run(CountJob(), tmp_path / "whole", 6)
     run(CountJob(), tmp_path / "first", 4)
-    assert run(CountJob(), tmp_path / "second", 6, resume=tmp_path / "first").metrics == whole.metrics
+    assert run(CountJob(), tmp_path / "second", 5, resume=tmp_path / "first").step == 5
+    # the same command goes on from where the new run is, not from the old one again
+    again = run(CountJob(), tmp_path / "second", 6, resume=tmp_path / "first")
+    assert again.metrics == whole.metrics and lines(tmp_path / "second", "step")[0] == [6]
+
+
+def test_an_older_checkpoint_of_the_same_run_is_refused(tmp_path, monkeypatch):
+    run(CountJob(), tmp_path / "run", 4, cadence=Cadence(save_every_steps=2))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="resume: .*step-00000002 is older than .*step-00000004 .*expected another --out"
+    ):
+        run(CountJob(), tmp_path / "run", 6, resume=Path("run/checkpoints/step-00000002"))
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
@@ -218,13 +264,24 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
 def test_restart_forgets_the_old_run_at_once(tmp_path):
     run(CountJob(), tmp_path, 3)
 
-    def die():
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(CountJob(at=0, do=die), tmp_path, 3, resume="never")
+        run(CountJob(at=0, do=interrupt), tmp_path, 3, resume="never")
     assert not list((tmp_path / "checkpoints").glob("step-*"))
     assert not (tmp_path / "best").exists() and not (tmp_path / "model").exists()
+
+
+def test_restart_in_a_folder_that_is_no_run_removes_nothing(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("")
+    (tmp_path / "samples").mkdir()
+    run(CountJob(at=0, do=lambda: os.kill(os.getpid(), signal.SIGTERM)), tmp_path / "other", 3, resume="never")
+    with pytest.raises(KeyboardInterrupt):
+        run(CountJob(at=0, do=interrupt), tmp_path, 3, resume="never")
+    assert (tmp_path / "model" / "mine").exists() and (tmp_path / "samples").exists()
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", ["settings", "job", "step", "metrics"])

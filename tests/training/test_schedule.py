@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from var_fast.errors import UserError
@@ -54,7 +56,9 @@ def test_bad_limits(limits):
         Limits(**limits)
 
 
-@pytest.mark.parametrize("given, words", [((3, 1.0, None), "got both"), ((None, 0.0, None), "more than 0")])
+@pytest.mark.parametrize(
+    "given, words", [((3, 1.0, None), "got both"), ((None, 0.0, None), "above 0"), ((None, math.inf, None), "above 0")]
+)
 def test_bad_lengths(given, words):
     with pytest.raises(UserError, match=words):
         Limits.of(*given, images=10, batch=2)

@@ -55,6 +55,7 @@ def to_uint8(images_B3HW: torch.Tensor) -> np.ndarray:
 
 def parts_folder(out: Path) -> Path:
     """Where the parts of `out` are until it is done."""
+    out = Path(os.path.realpath(out))
     return out.with_name(f"{out.name}.parts")
 
 
@@ -63,6 +64,7 @@ def export_fid(
     out: str | Path,
     *,
     per_class: int = 50,
+    interleave: bool = False,
     cfg: float = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
@@ -74,10 +76,13 @@ def export_fid(
 ) -> Exported:
     """Writes `per_class` images of every class, in the order of classes, to `out`: .npz, arr_0 uint8 (N, H, W, 3).
 
-    Image i is of class i // per_class and drawn from `image_seed(seed, i)`, in the batch of `sampler.max_batch` images
-    that starts at a multiple of it. So the file's bytes depend on the model, the options, number type, batch and kind
-    of device alone: not on the number of ranks, nor on interruptions. (A CPU gives an image the same bytes in every
-    batch; a GPU may choose other kernels for another batch, and round otherwise.)
+    interleave: class after class in turn instead, for the Inception Score, which the ADM evaluator averages over
+    consecutive 5000 images; its other numbers do not depend on the order.
+    Image i is of class i // per_class (interleaved: i modulo the number of classes) and drawn from `image_seed(seed,
+    i)`, in the batch of `sampler.max_batch` images that starts at a multiple of it. So the file's bytes depend on the
+    model, the options, number type, batch and kind of device alone: not on the number of ranks, nor on interruptions.
+    (A CPU gives an image the same bytes in every batch; a GPU may choose other kernels for another batch, and round
+    otherwise.)
 
     Ranks take parts in turn; all must see the folder of `out`. `OUT.parts/` keeps parts and settings; called again
     with the same settings, only what is missing or damaged is made. An `out` that is already whole and of these
@@ -96,6 +101,7 @@ def export_fid(
         settings = {
             **options,
             "per_class": per_class,
+            "interleave": interleave,
             "seed": seed,
             "classes": sampler.var.num_classes,
             "size": size,
@@ -111,6 +117,11 @@ def export_fid(
     if ranks.from_main(complete):
         return Exported(images, images, 0)
 
+    classes = sampler.var.num_classes
+
+    def label_of(image: int) -> int:
+        return image % classes if interleave else image // per_class
+
     parts = _Parts(folder, images, size, sampler.max_batch)
     missing, damaged = parts.to_make(ranks)
     with ranks.together():
@@ -124,7 +135,7 @@ def export_fid(
         with ranks.together():
             if ranks.rank < len(turn):
                 part = turn[ranks.rank]
-                parts.write(part, _sample(sampler, parts.images(part), per_class, seed, options))
+                parts.write(part, _sample(sampler, parts.images(part), label_of, seed, options))
         if advance:
             advance(sum(len(parts.images(k)) for k in turn))
     with ranks.together():
@@ -170,11 +181,13 @@ class _Parts:
         return sorted(k for missing, _ in told for k in missing), sum(n for _, n in told)
 
 
-def _sample(sampler: Sampler, images: range, per_class: int, seed: int, options: dict[str, Any]) -> np.ndarray:
+def _sample(
+    sampler: Sampler, images: range, label_of: Callable[[int], int], seed: int, options: dict[str, Any]
+) -> np.ndarray:
     made = []
     for start in range(0, len(images), sampler.max_batch):
         batch = images[start : start + sampler.max_batch]
-        labels, seeds = [i // per_class for i in batch], [image_seed(seed, i) for i in batch]
+        labels, seeds = [label_of(i) for i in batch], [image_seed(seed, i) for i in batch]
         made.append(to_uint8(sampler.sample(labels, seeds, **options)))
     return np.concatenate(made)
 
@@ -232,7 +245,7 @@ def _stored_settings(file: Path) -> dict[str, Any] | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file} ({error}); --restart begins anew") from None
     if not isinstance(stored, dict):
         raise UserError(f"{file} holds no settings; --restart begins anew")

@@ -12,7 +12,7 @@ import torch
 from var_fast.checkpoint_files import first_line
 from var_fast.errors import UserError
 from var_fast.evaluation.fid import FeatureStatistics
-from var_fast.evaluation.npz import DAMAGED, members, open_pictures
+from var_fast.evaluation.npz import members, open_pictures
 from var_fast.evaluation.pictures import PictureFolder
 from var_fast.training.order import share_of
 from var_fast.training.ranks import Ranks
@@ -43,7 +43,7 @@ def load_feature_network(file: str | Path, device: torch.device | str) -> Featur
             return network(pictures_B3HW.to(device), **options)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             # TorchScript's own words are the last line of a long trace
             words = str(error).strip().splitlines()[-1]
             shape = tuple(pictures_B3HW.shape)
@@ -71,7 +71,10 @@ def picture_statistics(
     if has_statistics(source):
         return ready_statistics(source)
     statistics: FeatureStatistics | None = None
-    with ranks.together(), closing(_shared_pictures(source, batch, ranks)) as pictures:
+    exact = torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    )  # as other tools compute the numbers compared with
+    with ranks.together(), exact, closing(_shared_pictures(source, batch, ranks)) as pictures:
         for array_BHW3 in pictures:
             features_BD = _checked(network(torch.tensor(array_BHW3).permute(0, 3, 1, 2).contiguous()), len(array_BHW3))
             if statistics is None:
@@ -107,8 +110,11 @@ def ready_statistics(file: Path) -> FeatureStatistics:
     """Statistics from mu (D,) and sigma (D, D) of an .npz file. Raises UserError."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            mean_D, covariance_DD = (torch.from_numpy(np.asarray(arrays[n], np.float64)) for n in ("mu", "sigma"))
-    except (OSError, TypeError, *DAMAGED) as error:
+            found = [arrays[name] for name in ("mu", "sigma")]
+            if any(array.dtype.kind not in "fiu" for array in found):
+                raise ValueError(f"of type {found[0].dtype} and {found[1].dtype}, expected real numbers")
+            mean_D, covariance_DD = (torch.from_numpy(array.astype(np.float64)) for array in found)
+    except Exception as error:  # numpy raises whatever the damaged bytes lead to
         raise UserError(f"cannot read mu and sigma of {file}: {first_line(error)}") from None
     try:
         return FeatureStatistics.known(mean_D, covariance_DD)

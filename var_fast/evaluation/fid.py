@@ -21,7 +21,7 @@ class FeatureStatistics:
     def known(cls, mean_D: torch.Tensor, covariance_DD: torch.Tensor) -> FeatureStatistics:
         """Statistics computed elsewhere. Raises UserError if they are no mean and covariance of one width."""
         width = mean_D.numel()
-        if mean_D.ndim != 1 or covariance_DD.shape != (width, width):
+        if mean_D.ndim != 1 or not width or covariance_DD.shape != (width, width):
             raise UserError(
                 f"mean and covariance have shapes {tuple(mean_D.shape)} and {tuple(covariance_DD.shape)}, "
                 "expected (D,) and (D, D)"

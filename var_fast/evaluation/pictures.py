@@ -46,8 +46,11 @@ def open_pictures_of(data: str | Path, split: str) -> ImageSource | PictureFolde
     if split not in ("train", "val"):
         raise UserError(f"split is {split!r}, expected train or val")
     if os.path.isdir(data):
-        with os.scandir(data) as entries:
-            plain = not any(e.name.endswith(".tar") or (e.name in ("train", "val") and e.is_dir()) for e in entries)
+        try:
+            with os.scandir(data) as entries:
+                plain = not any(e.name.endswith(".tar") or (e.name in ("train", "val") and e.is_dir()) for e in entries)
+        except OSError as error:
+            raise UserError(f"cannot read {data}: {error.strerror}") from None
         if plain:
             return PictureFolder(data)
     source = open_images(data, split)

@@ -38,7 +38,8 @@ def reconstruction_metrics(
     was_training = vae.training
     vae.eval()
     try:
-        with ranks.together():
+        # as `var-fast tokenize` computes, and a CPU
+        with ranks.together(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for image_B3HW in batches:
                 sums += _add_batch(vae, image_B3HW.to(device), count_KV)
             if not bool(sums.isfinite().all()):

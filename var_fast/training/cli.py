@@ -57,7 +57,8 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...", rich_help_panel=RUN)]
 Workers = Annotated[int, typer.Option(help="Processes that read pictures; 0: none.", rich_help_panel=DATA)]
 ValImages = Annotated[
-    int | None, typer.Option(help="Evaluate on so many of the validation images; default: all.", rich_help_panel=DATA)
+    int | None,
+    typer.Option(min=1, help="Evaluate on so many of the validation images; default: all.", rich_help_panel=DATA),
 ]
 Preset = Annotated[str, typer.Option(help="Named settings; options given besides it win.")]
 
@@ -199,11 +200,15 @@ def transformer(
 
     chosen = _of_preset(TRANSFORMER_PRESETS, preset, settings)
     length = _length(chosen.pop("epochs", None), steps, epochs, minutes)
+    patch_nums = chosen.pop("patch_nums", None)
     made = TransformerSettings(**chosen)
     check_transformer_settings(made)
     cadence = Cadence(save_every, save_every_steps, eval_every_steps, sample_every_steps, log_every_steps, keep)
     with _ranks(threads, device) as (ranks, console):
         vae, source = _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_images)
+        if patch_nums not in (None, tuple(vae.quantize.v_patch_nums)):
+            found = tuple(vae.quantize.v_patch_nums)
+            raise UserError(f"preset: {preset} is for a tokenizer with patch_nums {patch_nums}, this one has {found}")
         limits = length(source.images, made.batch)
         job = TransformerJob(made, vae, source, ranks, limits.steps)
         _say_what(console, job.var, source.images, None, limits)
@@ -223,18 +228,16 @@ def _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_i
     """(frozen tokenizer on the ranks' device, source of tokens) of a token cache or of images."""
     from var_fast.cli_models import image_size
     from var_fast.training.data import Augmentation, open_images
-    from var_fast.training.files import weights_hash
     from var_fast.training.token_cache import TokenCache, is_token_cache
     from var_fast.training.token_sources import CachedTokens, EncodedImages
 
     given = tokenizer is not None or vae_ckpt is not None
     if is_token_cache(data):
-        cache = TokenCache.open(data)
+        with ranks.together():  # one rank looks at all of it
+            cache = TokenCache.open(data, verify=ranks.is_main)
         vae = cache.tokenizer()
-        if given and weights_hash(load_tokenizer(tokenizer or "demo", vae_ckpt)) != cache.tokenizer_hash:
-            raise UserError(
-                f"tokenizer: {tokenizer or vae_ckpt} is not the one that the token cache {data} was made by"
-            )
+        if given:
+            cache.check_tokenizer(load_tokenizer(tokenizer or "demo", vae_ckpt))
         source = CachedTokens(cache, val_images)
     else:
         if not given:

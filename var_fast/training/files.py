@@ -85,26 +85,9 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
     write_atomic(path, write)
 
 
-def load_state(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read a training checkpoint (`kind`: "tokenizer" or "transformer") with weights_only=True.
-
-    Raises UserError if it is missing, unreadable, or of another kind.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint: {path} does not exist") from None
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        raise UserError(f"checkpoint: cannot read {path}: {first_line(error)}") from None
-    found = state.get("kind") if isinstance(state, dict) else None
-    if found != kind:
-        raise UserError(f"checkpoint: {path} is of kind {found!r}, expected {kind!r}")
-    return state
-
-
 @contextmanager
 def contents_of(path: str | Path) -> Iterator[None]:
-    """For the use of what load_state read: entries missing or of another shape are a UserError that names the file."""
+    """Around the use of a checkpoint: entries missing or of another shape are a UserError that names the file."""
     try:
         yield
     except UserError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +45,34 @@ class RunLog:
                 f"cannot write {self.path}: {error.strerror}; the checkpoints saved before are intact"
             ) from error
         flat = dict(_flat(kind, values))
-        if self._board is not None:
-            for name, value in flat.items():
-                self._board.add_scalar(name, value, step)
+        self._tell_board(lambda board: [board.add_scalar(name, value, step) for name, value in flat.items()])
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
     def write_picture(self, name: str, path: Path, step: int) -> None:
         """Shows the PNG at `path` in TensorBoard."""
-        if self._board is not None:
-            import numpy as np
-            from PIL import Image
+        import numpy as np
+        from PIL import Image
 
-            with Image.open(path) as picture:
-                self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        with Image.open(path) as picture:
+            levels = np.asarray(picture.convert("RGB"))
+        self._tell_board(lambda board: board.add_image(name, levels, step, dataformats="HWC"))
 
     def close(self) -> None:
         """Writes out what TensorBoard and Weights & Biases hold back."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._tell_board(lambda board: board.close())
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _tell_board(self, tell: Callable[[Any], Any]) -> None:
+        """TensorBoard's files are a second copy: a full disk ends them, not the run."""
+        try:
+            if self._board is not None:
+                tell(self._board)
+        except OSError as error:
+            self._board = None
+            print(f"warning: no more TensorBoard files, cannot write them: {error.strerror}", file=sys.stderr)
 
 
 def _lines_until(path: Path, step: int) -> bytes:
@@ -97,7 +106,10 @@ def _tensorboard(folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        raise UserError(f"out: cannot write in {folder}: {error.strerror}") from None
 
 
 def _start_wandb(project: str, out: Path):
@@ -107,4 +119,5 @@ def _start_wandb(project: str, out: Path):
         raise UserError(
             "wandb: Weights & Biases is not installed; pip install wandb, or leave the option out"
         ) from None
-    return wandb.init(project=project, name=out.name, dir=str(out), id=out.name, resume="allow")
+    place = hashlib.sha256(str(out.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return wandb.init(project=project, name=out.name, dir=str(out), id=place, resume="allow")

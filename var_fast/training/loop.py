@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ from var_fast.training.ranks import Ranks
 from var_fast.training.run_checkpoints import RunCheckpoints, resolve
 from var_fast.training.schedule import Limits
 from var_fast.training.settings import differences
+
+SKIPPED = "skipped.txt"  # in a run's folder
 
 
 class Job(Protocol):
@@ -108,13 +110,17 @@ class Outcome:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying of the first; the second one acts as usual."""
+    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second Ctrl-C acts as usual.
+
+    A second SIGTERM does not: a cluster sends one to every process, and torchrun passes its own on.
+    """
     caught: list[int] = []
     before = {}
 
     def note(number: int, frame: Any) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, note)
@@ -139,7 +145,7 @@ def run_loop(
     """Train `job` until a limit or a signal, in folder `out`.
 
     resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" begins anew and removes the run
-    that is there; else the folder of a checkpoint, of this run or of another with the same settings. Leaves
+    that is there; else a run or a checkpoint with the same settings, to go on from where `out` has none yet. Leaves
     out/log.jsonl, settings.json, tensorboard/, checkpoints/, samples/, model/ (averaged weights at the end), best/
     (those of the best evaluation), skipped.txt (pictures that could not be read). Raises UserError if the loss is no
     number any more or has diverged (bad-batch-*.pt holds the batch; the last checkpoint is from before), if the
@@ -163,11 +169,11 @@ class _Window:
     fresh: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def settle(self) -> dict[str, list[Any]]:
-        """All steps' numbers, as Python's. Waits for the device."""
+        """All steps' numbers, as Python's; None for those that a step has not. Waits for the device."""
         if self.fresh:
             for name in self.fresh[0]:
                 stacked = torch.stack([values[name].detach().float() for values in self.fresh])
-                self.settled.setdefault(name, []).extend(self.ranks.mean_(stacked).tolist())
+                self.settled.setdefault(name, []).extend(_without_nan(self.ranks.mean_(stacked).tolist()))
             self.fresh = []
         return self.settled
 
@@ -178,10 +184,27 @@ class _Window:
         return means
 
 
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "surrogateescape")
+
+
+def _printable(name: str) -> str:
+    """A file's name, of which any byte may be a part."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def _mean(values: list[Any]) -> Any:
     if isinstance(values[0], list):
         return [_mean(list(column)) for column in zip(*values)]
-    return math.fsum(values) / len(values)
+    found = [value for value in values if value is not None]
+    return math.fsum(found) / len(found) if found else None
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN is no JSON."""
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if math.isnan(value) else value
 
 
 class _Run:
@@ -210,10 +233,15 @@ class _Run:
             if self.is_main:
                 self._make_folder(anew=resume == "never")
         self.checkpoints = RunCheckpoints(self.out / "checkpoints", self.ranks, self.cadence.keep)
-        place = self.checkpoints.latest() if resume in ("auto", "never") else resolve(resume)
-        newest = self.checkpoints.latest()
-        if place is not None and place.parent == self.checkpoints.folder and place != newest:
-            raise UserError(f"resume: {place} is older than {newest} in the same run, expected another --out for it")
+        self.again = "the same command without --restart" if resume == "never" else "the same command"
+        place = None if resume == "never" else self.checkpoints.latest()
+        if resume not in ("auto", "never"):
+            wanted = resolve(resume)
+            if place is not None and wanted.resolve().parent == place.resolve().parent and wanted.name != place.name:
+                raise UserError(
+                    f"resume: {wanted} is older than {place} in the same run, expected another --out for it"
+                )
+            place = place or wanted
         if place is None:
             self.job.start()
         else:
@@ -228,11 +256,17 @@ class _Run:
     def _make_folder(self, anew: bool) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if anew:  # or, killed before its first save, the run would go on as the old one
-                for name in ("checkpoints", "best", "model", "samples", "tensorboard"):
-                    shutil.rmtree(self.out / name, ignore_errors=True)
-                for name in (LOG, "settings.json", "skipped.txt"):
-                    (self.out / name).unlink(missing_ok=True)
+            if not anew:
+                return
+            ours = [self.out / name for name in (LOG, "settings.json", SKIPPED)]
+            if not any(path.exists() for path in ours):
+                return
+            # The checkpoints first: killed here, or before its first save, the run must not go on as the old one.
+            for name in ("checkpoints", "best", "model", "samples", "tensorboard"):
+                if (self.out / name).exists():
+                    shutil.rmtree(self.out / name)
+            for path in ours:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"out: cannot write in {self.out}: {error.strerror}") from None
 
@@ -247,11 +281,14 @@ class _Run:
                     "use that value, another output folder, or --restart"
                 )
             self.job.set_facts(facts["job"])
-            self.checkpoints.load(place, self.job.tensors())
             self.step, self.before_s, self.metrics = facts["step"], facts["elapsed_s"], facts["metrics"]
             self.best = math.inf if facts["best"] is None else facts["best"]
             self.window.settled = facts["window"]
             self.watch.set_facts(facts["watch"])
+            self.evaluated_step = facts["evaluated_step"]
+        self.checkpoints.load(place, self.job.tensors())
+        if (self.out / SKIPPED).exists():
+            self.known_skipped = set(_text(self.out / SKIPPED).splitlines())
 
     # -------------------------------------------------------------------------------------------------- training
     def train(self, caught: list[int]) -> Outcome:
@@ -288,9 +325,7 @@ class _Run:
         if finished:
             self.say(f"done: {self.step} steps in {self.elapsed() / 60:.1f} min; the model is {self.out / 'model'}")
         else:
-            self.say(
-                f"stopped by a signal at step {self.step}; the same command goes on from {self.checkpoints.latest()}"
-            )
+            self.say(f"stopped by a signal at step {self.step}; {self.again} goes on from {self.checkpoints.latest()}")
         return Outcome(finished, self.step, self.elapsed(), self.metrics)
 
     def elapsed(self) -> float:
@@ -346,10 +381,10 @@ class _Run:
         self.known_skipped |= names
         if self.is_main:
             lines = "".join(f"{name}\n" for name in sorted(self.known_skipped))
-            write_atomic(self.out / "skipped.txt", lambda part: part.write_text(lines, encoding="utf-8"))
+            write_atomic(self.out / SKIPPED, lambda part: part.write_bytes(lines.encode("utf-8", "surrogateescape")))
             self.say(
-                f"{len(self.known_skipped)} pictures cannot be read and are skipped: {self.out / 'skipped.txt'} "
-                f"names them, the last one is {sorted(names)[-1]}"
+                f"{len(self.known_skipped)} pictures cannot be read and are skipped: {self.out / SKIPPED} "
+                f"names them, the last one is {_printable(sorted(names)[-1])}"
             )
 
     # ------------------------------------------------------------------------------------------ what falls due
@@ -377,7 +412,10 @@ class _Run:
         path = self.out / "samples" / f"step-{self.step:08d}.png"
         with self.ranks.together():
             if self.is_main:
-                path.parent.mkdir(exist_ok=True)
+                try:
+                    path.parent.mkdir(exist_ok=True)
+                except OSError as error:
+                    raise UserError(f"out: cannot write in {self.out}: {error.strerror}") from None
         self.job.draw_samples(path, self.step)
         if self.log is not None and path.exists():
             self.log.write_picture("samples", path, self.step)
@@ -394,8 +432,13 @@ class _Run:
             "best": None if math.isinf(self.best) else self.best,
             "window": self.window.settle(),
             "watch": self.watch.facts(),
+            "evaluated_step": self.evaluated_step,
             "job": self.job.facts(),
         }
+        try:
+            self.checkpoints.wait()
+        except UserError as error:  # of the save before, on all ranks: this one may find room again
+            self.say(f"warning: {error}")
         self.checkpoints.save(self.step, self.job.tensors(), facts, best=best, wait=wait)
         self.saved_at = time.monotonic()
 
@@ -421,9 +464,11 @@ class _Run:
         raise UserError(f"{why} at step {step}; {where}; {kept}: try a lower learning rate")
 
     def close(self) -> None:
-        """Closes the log."""
+        """Closes the log, and lets a checkpoint that is being written be finished: ranks end their talk after this."""
         if self.log is not None:
             self.log.close()
+        with suppress(UserError):  # the run has ended well, or ends with an error of its own
+            self.checkpoints.wait()
 
     @contextmanager
     def _bar(self):
@@ -442,28 +487,40 @@ class _Run:
 
 
 class _LossWatch:
-    """Looks at loss and gradient norm one step late, and raises where training is lost."""
+    """Looks at losses and gradient norms one step late, and raises where training is lost."""
+
+    WATCHED = ("loss", "grad_norm", "disc_loss", "disc_grad_norm")
 
     def __init__(self, diverged_at: float) -> None:
         self.diverged_at = diverged_at
         self.mean, self.lowest, self.steps = 0.0, math.inf, 0
-        self.waiting: tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None = None
+        self.waiting: tuple[int, dict[str, torch.Tensor], Any, dict[str, Any]] | None = None
 
     def look(self, step: int, values: dict[str, torch.Tensor], batch: dict[str, Any], failed) -> None:
         """Takes note of a step that has been launched; judges the one before it."""
         self.settle(failed)
-        self.waiting = (step, values, batch)
+        seen = {name: values[name].detach() for name in self.WATCHED if name in values}
+        copied = None
+        if seen["loss"].is_cuda:
+            # Copied as soon as they are there: read later, they would come after all that is launched till then.
+            seen = {name: value.to("cpu", non_blocking=True) for name, value in seen.items()}
+            copied = torch.cuda.Event()
+            copied.record()
+        self.waiting = (step, seen, copied, batch)
 
     def settle(self, failed) -> None:
-        """Judges the step that waits. Waits for the device."""
+        """Judges the step that waits. Waits for the device to have done it."""
         if self.waiting is None:
             return
-        (step, values, batch), self.waiting = self.waiting, None
-        for name in ("loss", "grad_norm"):
-            if name in values and not math.isfinite(float(values[name])):
-                failed(step, f"{name} became {float(values[name])}", batch)
+        (step, seen, copied, batch), self.waiting = self.waiting, None
+        if copied is not None:
+            copied.synchronize()
+        numbers = {name: float(value) for name, value in seen.items()}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                failed(step, f"{name} became {value}", batch)
         # Over about fifty steps, the same on every rank only nearly: each may raise, and torchrun ends the others.
-        self.mean += (float(values["loss"]) - self.mean) / min(50, self.steps + 1)
+        self.mean += (numbers["loss"] - self.mean) / min(50, self.steps + 1)
         self.steps += 1
         if self.steps < 50:
             return

@@ -11,6 +11,11 @@ from var_fast.errors import UserError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# As in the published code: twice as much could overflow float16, which ends at 65504.
+LARGEST_SCALE = 32768.0
+# Below this, halving the scale after every overflow has not helped for 20 steps and more.
+SMALLEST_SCALE = 1e-3
+
 
 class Precision:
     """One of "float32", "bfloat16" and "float16" on a device. Weights, optimizer and averages are float32 in all."""
@@ -44,10 +49,14 @@ class Precision:
             return
         self.scaler.step(optimizer)
         self.scaler.update()
+        self.scaler._scale.clamp_(max=LARGEST_SCALE)
 
     def norm_of_sound_step(self, norm: torch.Tensor) -> torch.Tensor:
-        """The norm; 0 where float16 has overflowed, which costs a step and is no failure."""
-        return norm if self.scaler is None else torch.where(norm.isfinite(), norm, 0.0)
+        """The norm; 0 where float16 has overflowed, which costs a step and is no failure, unless every step does."""
+        if self.scaler is None:
+            return norm
+        lost = self.scaler._scale < SMALLEST_SCALE
+        return torch.where(norm.isfinite() | lost, norm, 0.0)
 
     def facts(self) -> dict[str, Any] | None:
         """The scaler's state."""

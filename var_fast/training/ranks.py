@@ -59,6 +59,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def to_main(self, value) -> list:
+        """Every rank's picklable `value`, on the main rank; on the others their own alone."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values if self.is_main else [value]
+
     def from_main(self, value=None):
         """The main rank's picklable `value`, on every rank."""
         if self.count == 1:
@@ -91,21 +99,20 @@ class Ranks:
 def join_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun's environment tells of, joined for the time of the block; without it, one alone.
 
-    device: where this process computes; of a GPU without a number, each process takes the one of its LOCAL_RANK.
+    device: where this process computes, from `cli_models.pick_device`, which gives each process a GPU of its own.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks(device=device)
         return
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ["RANK"])
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"rank {rank} wants {device}, but there are {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
-        yield Ranks(rank, count, device, dist.new_group(backend="gloo"))
-    finally:
+        yield Ranks(rank, count, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    except BaseException:
+        # The groups end with the process: to destroy them here could wait for ranks that wait for this one.
+        raise
+    else:
         dist.destroy_process_group()

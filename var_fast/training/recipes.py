@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from var_fast.layout import PUBLISHED_PATCH_NUMS
+
 # The published training commands (README and argument defaults of the code of Tian et al. 2024). Drop path, the head's
 # start and so on are the defaults of TransformerSettings; the learning rate is that of 256 images, as there.
+# `epochs` is the length of the run, `patch_nums` what the tokenizer's have to be.
 _PUBLISHED: dict[str, Any] = dict(
     embed_dim=0,
     num_heads=0,
@@ -19,6 +22,7 @@ _PUBLISHED: dict[str, Any] = dict(
     precision="float16",
     cond_drop=0.1,
     ema=0.0,
+    patch_nums=PUBLISHED_PATCH_NUMS[256],
 )
 
 TRANSFORMER_PRESETS: dict[str, dict[str, Any]] = {
@@ -37,6 +41,6 @@ TRANSFORMER_PRESETS: dict[str, dict[str, Any]] = {
     "d36-512": {
         **_PUBLISHED,
         **{"depth": 36, "batch": 768, "epochs": 350.0, "base_lr": 8e-5, "gate_start": 5e-6, "last_lr": 0.01},
-        **{"last_weight_decay": 0.08, "shared_aln": True},
+        **{"last_weight_decay": 0.08, "shared_aln": True, "patch_nums": PUBLISHED_PATCH_NUMS[512]},
     },
 }

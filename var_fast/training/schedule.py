@@ -32,8 +32,8 @@ class Limits:
         if epochs is not None:
             if steps is not None:
                 raise UserError("steps, epochs: got both, expected one of them")
-            if not epochs > 0:
-                raise UserError(f"epochs: got {epochs}, expected more than 0")
+            if not 0 < epochs < math.inf:
+                raise UserError(f"epochs: got {epochs}, expected a number above 0")
             steps = max(1, round(epochs * math.ceil(images / batch)))
         return cls(steps, minutes)
 

@@ -7,13 +7,11 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from var_fast.errors import UserError
-
-Settings = TypeVar("Settings")
 
 
 def setting(default: Any, help: str, *, compare: bool = True, panel: str | None = None) -> Any:
@@ -90,8 +88,3 @@ def differences(ours: Any, theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def from_plain(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
-    """Settings from what JSON kept of them. Raises TypeError for entries they do not have."""
-    return settings_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -43,7 +43,7 @@ class TokenCache:
     """An open cache. `size`, in pixels, is that of the images; `views` those of a training image."""
 
     def __init__(self, path: Path, index: dict[str, Any], splits: dict[str, TokenSplit]):
-        self.path = path
+        self.path, self._index = path, index
         self.tokenizer_hash: str = index["tokenizer_hash"]  # as files.weights_hash, in float32
         self.patch_nums: tuple[int, ...] = tuple(index["patch_nums"])
         self.vocab_size: int = index["vocab_size"]
@@ -79,6 +79,11 @@ class TokenCache:
         if found != (self.vocab_size, self.patch_nums, self.size):
             raise UserError(f"{self.path / TOKENIZER} has (codes, scales, size) {found}, expected those of {INDEX}")
         return vae
+
+    def fingerprint(self) -> str:
+        """Known by it: a hash of the checksums of all training shards."""
+        shards = [shard["tokens_sha256"] + shard["labels_sha256"] for shard in self._index["splits"]["train"]["shards"]]
+        return hashlib.sha256("".join(shards).encode()).hexdigest()
 
     def check_tokenizer(self, vae: VQVAE) -> None:
         """Raises UserError if `vae` is not the tokenizer (in float32) that made the tokens."""
@@ -197,7 +202,7 @@ def is_token_cache(path: str | Path) -> bool:
     for name in (INDEX, SETTINGS):
         try:
             about = json.loads(Path(path, name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(about, dict) and about.get("kind") == KIND:
             return True
@@ -246,7 +251,7 @@ def _read_index(path: Path) -> dict[str, Any]:
                 "where it stopped"
             ) from None
         raise UserError(f"data: {path} holds no token cache, expected a folder that `var-fast tokenize` made") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"data: cannot read {file}: {first_line(error)}") from None
     if not isinstance(index, dict) or index.get("kind") != KIND:
         raise UserError(f"data: {file} is no index of a token cache")
@@ -255,6 +260,9 @@ def _read_index(path: Path) -> dict[str, Any]:
     for name, (expected, holds) in _RULES.items():
         if not holds(index.get(name)):
             raise UserError(f"data: {file}: {name} is {str(index.get(name))[:60]!r}, expected {expected}")
+    for name in ("vocab_size", "patch_nums"):
+        if name not in index:
+            raise UserError(f"data: {file} has no {name}")
     check_keywords("tokenizer", {"vocab_size": index["vocab_size"], "v_patch_nums": index["patch_nums"]}, str(file))
     return index
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from var_fast.errors import UserError
 from var_fast.models import VQVAE
 from var_fast.training.data import Augmentation, ImageSource, TrainBatches, evaluation_batches, to_float
 from var_fast.training.ranks import Ranks
 from var_fast.training.token_cache import CacheBatches, TokenCache
+from var_fast.training.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class TokenSource(Protocol):
     def tokens_of(self, batch: TokenBatch, vae: VQVAE) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens (B, L) int64, labels (B,)) on the tokenizer's device."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must find again, in JSON's types."""
+
     def held_out(self, vae: VQVAE, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(tokens (M, L), labels (M,)) on the CPU, the same on every rank; None where nothing is held out."""
 
@@ -51,7 +57,7 @@ class CachedTokens:
         """held_out_images: at most so many of the validation images are evaluated on."""
         self.train, self.val = cache.split("train"), cache.split("val")
         self.classes, self.skipped, self.images = cache.classes, set(), len(self.train)
-        self._limit = held_out_images
+        self._limit, self._fingerprint = held_out_images, cache.fingerprint()
 
     def batches(self, first_step: int, ranks: Ranks, batch: int, passes: int, seed: int) -> Iterator[list[TokenBatch]]:
         parts = CacheBatches(self.train, batch=batch, seed=seed, ranks=ranks, first_step=first_step, parts=passes)
@@ -61,13 +67,17 @@ class CachedTokens:
 
     def tokens_of(self, batch: TokenBatch, vae: VQVAE) -> tuple[torch.Tensor, torch.Tensor]:
         device = vae.quantize.embedding.weight.device
-        return batch.tokens_BL.to(device, non_blocking=True), batch.label_B.to(device, non_blocking=True)
+        return to_device(batch.tokens_BL, device), to_device(batch.label_B, device)
+
+    def facts(self) -> dict[str, Any]:
+        return {"tokens": self._fingerprint, "images": self.images, "views": self.train.views}
 
     def held_out(self, vae: VQVAE, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.val is None or not len(self.val):
             return None
-        rows = list(range(min(len(self.val), self._limit or len(self.val))))
-        return self.val.tokens(rows, [0] * len(rows)), self.val.labels[: len(rows)]
+        count = min(len(self.val), self._limit or len(self.val))
+        rows = [i * len(self.val) // count for i in range(count)]  # of all classes, which follow each other
+        return self.val.tokens(rows, [0] * count), self.val.labels[rows]
 
 
 class EncodedImages:
@@ -105,28 +115,33 @@ class EncodedImages:
 
     def tokens_of(self, batch: TokenBatch, vae: VQVAE) -> tuple[torch.Tensor, torch.Tensor]:
         device = vae.quantize.embedding.weight.device
-        img_B3HW = to_float(batch.images_u8.to(device, non_blocking=True))
-        return torch.cat(vae.img_to_idxBl(img_B3HW), dim=1), batch.label_B.to(device, non_blocking=True)
+        img_B3HW = to_float(to_device(batch.images_u8, device))
+        return torch.cat(vae.img_to_idxBl(img_B3HW), dim=1), to_device(batch.label_B, device)
+
+    def facts(self) -> dict[str, Any]:
+        a = self.augmentation
+        return {"images": self.train.fingerprint(), "enlarge": a.enlarge, "flip": a.flip}
 
     def held_out(self, vae: VQVAE, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Encoded at the first call, each rank its share, and kept."""
         if self.val is None or not len(self.val):
             return None
         if self._held_out is None:
-            pieces = []
-            for batch in evaluation_batches(
-                self.val,
-                self.augmentation,
-                batch=64,
-                rank=ranks.rank,
-                ranks=ranks.count,
-                limit=self._limit,
-                workers=self.workers,
-            ):
-                self.skipped.update(batch.skipped)
-                one = TokenBatch(batch.labels, images_u8=batch.images_u8)
-                pieces.append([t.to("cpu", torch.int32).numpy() for t in self.tokens_of(one, vae)])
+            with ranks.together():
+                pieces = self._encode_held_out(vae, ranks)
             shares = [piece for share in ranks.gather(pieces) for piece in share]
+            if not shares:
+                raise UserError(f"data: none of the {len(self.val)} validation images can be read")
             tokens_ML, label_M = (torch.cat([torch.from_numpy(piece[i]) for piece in shares]) for i in (0, 1))
             self._held_out = tokens_ML, label_M.long()
         return self._held_out
+
+    def _encode_held_out(self, vae: VQVAE, ranks: Ranks) -> list[list[np.ndarray]]:
+        """[tokens, labels] of each batch of this rank's share."""
+        pieces = []
+        where = dict(rank=ranks.rank, ranks=ranks.count, limit=self._limit, workers=self.workers)
+        for batch in evaluation_batches(self.val, self.augmentation, batch=64, **where):
+            self.skipped.update(batch.skipped)
+            one = TokenBatch(batch.labels, images_u8=batch.images_u8)
+            pieces.append([t.to("cpu", torch.int32).numpy() for t in self.tokens_of(one, vae)])
+        return pieces

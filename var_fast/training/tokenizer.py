@@ -31,6 +31,7 @@ from var_fast.training.parallel import parallelise
 from var_fast.training.ranks import Ranks
 from var_fast.training.schedule import cosine_factor
 from var_fast.training.tokenizer_settings import TokenizerSettings, build_tokenizer
+from var_fast.training.transfer import to_device
 
 SAMPLES = 16  # pictures in a sample sheet
 REPORT_EVERY = 100  # steps of a window of code use, where codes are not revived
@@ -60,6 +61,7 @@ class TokenizerJob:
         self.ranks = ranks = ranks or Ranks()
         check_batch(settings.batch, ranks, parts=1)
         self.workers, self.val_images = workers, val_images
+        self._images_hash = train.fingerprint()
         self.skipped: set[str] = set()
         self.images_per_step = settings.batch
         s, device = settings, ranks.device
@@ -150,7 +152,7 @@ class TokenizerJob:
 
     def _images(self, batch: Batch) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1], on the device, in the layout of the model."""
-        images_u8 = batch.images_u8.to(self.ranks.device, non_blocking=True)
+        images_u8 = to_device(batch.images_u8, self.ranks.device)
         return to_float(images_u8).contiguous(memory_format=self.layout)
 
     def _scalar(self, value: float) -> torch.Tensor:
@@ -217,9 +219,14 @@ class TokenizerJob:
             share = max(1, self.settings.batch // self.ranks.count)
             where = dict(rank=self.ranks.rank, ranks=self.ranks.count, workers=self.workers)
             batches = evaluation_batches(self.val, self.augmentation, batch=share, limit=self.val_images, **where)
-            metrics = reconstruction_metrics(self.ema.average, map(self._images, batches), self.ranks)
+            metrics = reconstruction_metrics(self.ema.average, self._noting_skipped(batches), self.ranks)
             found = {f"val_{name}": value for name, value in metrics.items()}
         return {**found, **self.code_use.report()}
+
+    def _noting_skipped(self, batches: Iterator[Batch]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            self.skipped.update(batch.skipped)
+            yield self._images(batch)
 
     def badness(self, metrics: dict[str, Any]) -> float | None:
         """By the held-out PSNR."""
@@ -241,10 +248,14 @@ class TokenizerJob:
             "watched_steps": self.code_use.steps,
             "record_hit": self.vae.quantize.record_hit,
             **self._hashes,
+            "images": self._images_hash,
         }
 
     def set_facts(self, facts: dict[str, Any]) -> None:
-        """Takes back what `facts` returned. Raises UserError if the run was judged by other weights than these."""
+        """Takes back what `facts` returned. Raises UserError if the run had other pictures, or was judged by other
+        weights, than these."""
+        if facts["images"] != self._images_hash:
+            raise UserError("data: its training pictures are not those the run began with; use the data it began with")
         for name, options in (("lpips_hash", "lpips_weights, vgg_weights"), ("features_hash", "dino_weights")):
             if facts[name] != self._hashes[name]:
                 raise UserError(f"{options}: the run was begun with other weights than these files hold")

@@ -12,6 +12,7 @@ from var_fast.models.gradient_estimators import GRADIENTS
 from var_fast.training.adversary import DISCRIMINATORS
 from var_fast.training.checks import check_values, user_errors
 from var_fast.training.codebook import STARTS
+from var_fast.training.lpips import LEAST_SIDE
 from var_fast.training.settings import setting
 
 PRECISIONS = ("float32", "bfloat16")
@@ -39,7 +40,7 @@ class TokenizerSettings:
     final_lr: float = setting(0.02, "Learning rate at the end, as part of the peak.", panel=_RUN)
     warmup_steps: int = setting(100, "Steps in which the learning rates grow from 0.", panel=_RUN)
     weight_decay: float = setting(0.01, "Weight decay of AdamW; none on codes, biases and norms.", panel=_RUN)
-    clip: float = setting(1.0, "Most norm of a step's gradient.", panel=_RUN)
+    clip: float = setting(1.0, "Most norm of a step's gradient; 0: any.", panel=_RUN)
     ema: float = setting(0.995, "Decay of the averaged weights.", panel=_RUN)
     flip: bool = setting(True, "Mirror pictures half of the time.", panel=_RUN)
     enlarge: float = setting(1.125, "Size of a picture's shorter side, in sides of the window cut from it.", panel=_RUN)
@@ -118,6 +119,8 @@ _CHOICES = {
 def check_tokenizer_settings(settings: TokenizerSettings) -> None:
     """Raises UserError, naming the setting, if one makes no sense."""
     check_values(settings, _EXPECTED, _CHOICES)
+    if settings.lpips > 0 and settings.size < LEAST_SIDE:
+        raise UserError(f"size: got {settings.size}, expected {LEAST_SIDE} or more with lpips")
     down, side = 2 ** (len(settings.ch_mult) - 1), settings.patch_nums[-1]
     if settings.size != down * side:
         raise UserError(

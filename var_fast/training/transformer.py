@@ -24,6 +24,7 @@ from var_fast.training.precision import Precision
 from var_fast.training.ranks import Ranks
 from var_fast.training.schedule import ProgressiveTraining, lr_factor, weight_decay_at
 from var_fast.training.token_sources import TokenBatch, TokenSource
+from var_fast.training.transfer import to_device
 from var_fast.training.transformer_settings import TransformerSettings, build_transformer
 
 # Tables that are looked up or added, and the gains of AdaLN: not matrices in the sense of weight decay.
@@ -96,6 +97,7 @@ class TransformerJob:
             weight_groups(self.var, settings.weight_decay, bare=_BARE), lr=settings.lr, betas=(0.9, 0.95), fused=True
         )
         self.precision = Precision(settings.precision, ranks.device)
+        self.areas_S = torch.tensor([pn * pn for pn in self.patch_nums], dtype=torch.float32, device=ranks.device)
         self.var.train()
 
     @property
@@ -167,7 +169,7 @@ class TransformerJob:
         if self.ema is not None:
             self.ema.update(step)
         device = self.ranks.device
-        return {**sums, "grad_norm": self.precision.norm_of_sound_step(norm), "lr": torch.tensor(lr, device=device)}
+        return {**sums, "grad_norm": self.precision.norm_of_sound_step(norm), "lr": torch.full((), lr, device=device)}
 
     def _schedule(self) -> str:
         return f"lin{self.settings.progressive:g}" if 0 < self.settings.progressive < 1 else self.settings.schedule
@@ -176,19 +178,20 @@ class TransformerJob:
         """The loss of one pass, and its numbers for the log."""
         s, device = self.settings, self.ranks.device
         tokens_BL, label_B = self.source.tokens_of(passed, self.vae)
-        label_B = torch.where(self._hidden(step, part, len(label_B)).to(device), self.var.num_classes, label_B)
+        hidden_B = to_device(self._hidden(step, part, len(label_B)), device)
+        label_B = torch.where(hidden_B, self.var.num_classes, label_B)
         scales = len(self.patch_nums) if self.var.prog_si < 0 else self.var.prog_si + 1
         with torch.no_grad():
             x_BLC, tokens_BL = teacher_input(self.vae, tokens_BL, scales)
         weight_BL = self._token_weights(step, tokens_BL)
         with self.precision.autocast():
             loss, loss_k, accuracy_k = self.model(label_B, x_BLC, tokens_BL, weight_BL, s.label_smoothing)
-        areas_k = torch.tensor([pn * pn for pn in self.patch_nums[:scales]], dtype=torch.float32, device=device)
-        areas_k /= areas_k.sum()
+        areas_k = self.areas_S[:scales] / sum(pn * pn for pn in self.patch_nums[:scales])
         accuracy_k = 100.0 * accuracy_k
         missing = torch.full((len(self.patch_nums) - scales,), math.nan, device=device)
         return loss, {
-            "loss": loss.detach(),
+            # In progressive training the loss grows with the scales that are trained: its mean over tokens does not.
+            "loss": loss.detach() if self.progressive is None else (loss_k * areas_k).sum(),
             "accuracy_percent": (accuracy_k * areas_k).sum(),
             "loss_tail": loss_k[-1],
             "accuracy_tail_percent": accuracy_k[-1],
@@ -237,6 +240,9 @@ class TransformerJob:
             with self.precision.autocast():
                 _, loss_k, accuracy_k = model(label_M[rows].to(ranks.device), x_BLC, tokens_BL)
             sums += counted * torch.cat([loss_k.double(), accuracy_k.double(), sums.new_ones(1)])
+        if self._sharded:
+            # After a forward without a backward the root would keep its parameters whole, and not see them change.
+            model.reshard()
         model.train(model is self.model)
         loss_k, accuracy_k, count = self.ranks.sum_(sums).cpu().split([scales, scales, 1])
         loss_k, accuracy_k = loss_k / count, 100.0 * accuracy_k / count
@@ -306,6 +312,7 @@ class TransformerJob:
             "classes": self.classes,
             "tokenizer_hash": self.tokenizer_hash,
             "scaler": self.precision.facts(),
+            "data": self.source.facts(),
         }
 
     def set_facts(self, facts: dict[str, Any]) -> None:
@@ -319,6 +326,10 @@ class TransformerJob:
                 f"tokenizer: this run was trained on the tokens of other weights (hash {facts['tokenizer_hash'][:12]}) "
                 f"than this tokenizer's ({self.tokenizer_hash[:12]}); use the tokenizer as it was, or train anew"
             )
+        for name, value in self.source.facts().items():
+            if facts["data"].get(name) != value:
+                theirs = facts["data"].get(name)
+                raise UserError(f"data: {name} is {value}, the run began with {theirs}; use the data it began with")
         self.precision.set_facts(facts["scaler"])
 
 

@@ -138,6 +138,7 @@ def write_token_cache(
         "batch": batch,
         "shard_images": shard_images,
         "seed": seed,
+        "device": ranks.device.type,  # another kind may round otherwise, and choose another code of two near ones
         "source": str(data),
         "fingerprints": {split: source.fingerprint() for split, source in sources.items()},
         "classes": sources["train"].classes,
@@ -154,7 +155,8 @@ def write_token_cache(
     vae.to(ranks.device)
     began, encoded = time.perf_counter(), 0
     todo = [shard for shard in shards[ranks.rank :: ranks.count] if _record(out, shard) is None]
-    with _progress(console if ranks.is_main else None, ranks, sum(len(shard.images) for shard in todo)) as advance:
+    total = sum(len(shard.images) for shard in todo)
+    with ranks.together(), _progress(console if ranks.is_main else None, ranks, total) as advance:
         for split, source in sources.items():
             look = Views(augmentation, crops, flips, seed) if split == "train" else Views(augmentation, 1, False, seed)
             mine = [shard for shard in todo if shard.split == split]
@@ -162,7 +164,6 @@ def write_token_cache(
                 _write_shard(out, shard, tokens, labels, skipped)
                 encoded += len(shard.images)
     seconds = time.perf_counter() - began
-    ranks.barrier()
     with ranks.together():
         if ranks.is_main:
             _write_index(out, settings, shards)
@@ -183,7 +184,7 @@ def _prepare(out: Path, vae: VQVAE, settings: dict[str, Any], restart: bool) -> 
             if not restart:
                 _compare(out, settings)
             _clear(out, shards_too=restart)
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or not all(_is_left_over(path) for path in out.iterdir())):
             raise UserError(f"out: {out} is there and holds no token cache, expected a new or empty folder")
     except OSError as error:
         raise UserError(f"out: cannot use {out}: {error.strerror}") from None
@@ -199,12 +200,15 @@ def _prepare(out: Path, vae: VQVAE, settings: dict[str, Any], restart: bool) -> 
 def _clear(out: Path, shards_too: bool) -> None:
     """Removes what killed runs left half written and, for a new beginning, index and shards: not the settings, which
     show, should this be killed, that here lies a cache."""
-    patterns = [r"\..*\.(part|tmp)"]
-    if shards_too:
-        patterns += [r"index\.json", rf"({'|'.join(SPLITS)})-\d{{5,}}\.(json|tokens\.npy|labels\.npy)"]
+    own = rf"index\.json|({'|'.join(SPLITS)})-\d{{5,}}\.(json|tokens\.npy|labels\.npy)"
     for path in [*out.iterdir(), *out.glob(f"{TOKENIZER}/.*")]:
-        if any(re.fullmatch(pattern, path.name) for pattern in patterns):
+        if _is_left_over(path) or (shards_too and re.fullmatch(own, path.name)):
             path.unlink()
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed run left this half written."""
+    return re.fullmatch(r"\..*\.(part|tmp)", path.name) is not None
 
 
 def _compare(out: Path, settings: dict[str, Any]) -> None:
@@ -214,7 +218,7 @@ def _compare(out: Path, settings: dict[str, Any]) -> None:
         begun = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(begun, dict):
             raise ValueError("no settings")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"out: cannot read {file}; --restart begins anew") from None
     for name, ours in settings.items():
         theirs = begun.get(name)
@@ -311,7 +315,7 @@ def _record(out: Path, shard: _Shard) -> dict[str, Any] | None:
         hashes = [file_hash(path) for path in shard_paths(out, shard.split, shard.number)]
         whole = hashes == [record["tokens_sha256"], record["labels_sha256"]]
         return record if whole and len(shard.images) == record["images"] + len(record["skipped"]) else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -153,6 +153,36 @@ def test_evaluation_leaves_corrupt_images_out_and_names_all(image_folder, first,
     assert joined(batches)[1].tolist() == source.labels[kept].tolist()
 
 
+def test_a_rank_with_corrupt_images_only_leaves_evaluation_to_the_others(image_folder):
+    source = open_images(image_folder, "val")
+    with open(source.name(5), "wb"):
+        pass
+    shares = [list(evaluation_batches(source, AUGMENTATION, batch=8, rank=r, ranks=6)) for r in range(6)]
+    assert [sum(map(len, share)) for share in shares] == [1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_disk_is_no_corrupt_image(image_folder, workers):
+    """Such a fault may pass: to train on, or to fill a cache, without these images would be to lose them unseen."""
+    source = open_images(image_folder, "train")
+    os.remove(source.name(3))
+    os.mkdir(source.name(3))
+    for batches in (
+        TrainBatches(source, AUGMENTATION, batch=15, seed=0, workers=workers),
+        evaluation_batches(source, AUGMENTATION, batch=15, workers=workers),
+    ):
+        with pytest.raises(UserError, match=r"data: cannot read .*03\.png: Is a directory"):
+            next(batches)
+
+
+def test_a_picture_that_another_program_would_have_to_draw_is_corrupt(image_folder):
+    source = open_images(image_folder, "train")
+    with open(source.name(0), "wb") as file:
+        file.write(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        source.read(0)
+
+
 def test_bad_arguments(source):
     with pytest.raises(UserError, match=r"batch: got 6, expected a multiple of 4 \(ranks\) times 1 \(parts\)"):
         TrainBatches(source, AUGMENTATION, batch=6, seed=0, ranks=Ranks(0, 4))

@@ -112,7 +112,7 @@ def evaluation_batches(
     """Batches of at most `batch` images, cut in the middle: each image once, on one of the ranks.
 
     limit: take so many only, evenly spread over the source. Corrupt images are left out and named. A rank whose share
-    is empty gets no batch. Raises UserError if there is an image in its share, but none that can be read.
+    is empty, or of corrupt images only, gets no batch. Raises UserError if a rank that is alone can read none.
     """
     count = len(source) if limit is None else min(limit, len(source))
     own = share_of([i * len(source) // count for i in range(count)], rank, ranks)
@@ -128,7 +128,7 @@ def evaluation_batches(
         found.skipped[:0], lost = lost, []
         waiting = found
     if waiting is None:
-        if lost:
+        if lost and ranks == 1:
             raise UserError(f"data: none of {len(lost)} images can be read, from {lost[0]} on")
         return
     waiting.skipped += lost
@@ -234,7 +234,10 @@ class _Reader(Dataset):
             for candidate in ((index + i) % len(self.source) for i in range(tries)):
                 try:
                     windows.append(self.look(self.source.read(candidate), position))
-                except (OSError, ValueError):
+                except (OSError, ValueError) as error:
+                    if getattr(error, "errno", None) is not None:  # the disk's or the network's fault, which may pass
+                        name = self.source.name(candidate)
+                        return UserError(f"data: cannot read {name}: {error.strerror or first_line(error)}")
                     skipped.append(self.source.name(candidate))
                     continue
                 labels.append(int(self.source.labels[candidate]))

@@ -91,7 +91,7 @@ def _class_file(folder: str) -> list[str] | None:
             classes = text.splitlines() if name.endswith("txt") else json.loads(text)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"data: cannot read {path}: {first_line(error)}") from None
         whole = isinstance(classes, list) and classes and all(isinstance(c, str) and c for c in classes)
         if not whole or len(set(classes)) < len(classes):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from var_fast.checkpoint_files import first_line
-from var_fast.images import _to_rgb
+from var_fast.images import FORMATS, to_rgb
 
 # what counts as a picture, by the end of its name in lower case
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -24,8 +24,8 @@ def decode(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
-                return _to_rgb(ImageOps.exif_transpose(picture))
+            with Image.open(file, formats=FORMATS) as picture:
+                return to_rgb(ImageOps.exif_transpose(picture))
     except (OSError, ValueError):
         raise
     except Exception as error:  # Pillow raises whatever the damaged bytes lead to

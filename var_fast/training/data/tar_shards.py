@@ -135,8 +135,9 @@ def _label(kind: str, content: bytes, where: str) -> int | str | None:
                 return None
             if type(text) not in (int, str):
                 raise ValueError(f"label is {str(text)[:40]!r}")
+            str(text).encode()  # half of a surrogate pair is no text
         number = int(text) if str(text).lstrip("-").isascii() and str(text).lstrip("-").isdecimal() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if kind == "txt":
             return None
         raise UserError(f"data: {where} holds no label, expected a number or a name: {first_line(error)}") from None
