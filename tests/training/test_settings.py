@@ -23,7 +23,7 @@ def ask(*words):
     app, seen = typer.Typer(), {}
 
     @app.command()
-    @takes_settings(Example)
+    @takes_settings(settings=Example)
     def command(
         data: Annotated[str, typer.Option(help="Data.")], settings: dict, count: Annotated[int, typer.Option()] = 2
     ) -> None:
@@ -46,9 +46,9 @@ def test_options_of_settings():
 
 def test_help_tells_what_they_are():
     text = ask("--help")[0].output
-    for words in ("Words of the command.", "How fast. Default: 0.5.", "Default: 1,2.", "Default: none.", "--no-flip"):
+    for words in ("Words of the command.", "How fast. Default: 0.5.", "Default: 1,2.", "Where.", "--no-flip"):
         assert words in text
-    assert "hidden" not in text
+    assert "hidden" not in text and "None" not in text
 
 
 def test_numbers_that_are_none_are_named():

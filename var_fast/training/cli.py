@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from var_fast.training.loop import Cadence, run_loop
 from var_fast.training.ranks import Ranks, join_ranks
 from var_fast.training.recipes import TRANSFORMER_PRESETS
 from var_fast.training.schedule import Limits
-from var_fast.training.settings import takes_settings
+from var_fast.training.settings import setting, takes_settings
 from var_fast.training.tokenizer_settings import TOKENIZER_PRESETS, TokenizerSettings, check_tokenizer_settings
 from var_fast.training.transformer_settings import TransformerSettings, check_transformer_settings
 
@@ -31,35 +32,71 @@ app = typer.Typer(
 )
 RUN, DATA = "The run", "Data"
 
-Out = Annotated[
-    Path, typer.Option(help="Folder of the run; an unfinished one there is continued.", rich_help_panel=RUN)
-]
-Steps = Annotated[int | None, typer.Option(help="Length of the run in steps.", rich_help_panel=RUN)]
-Epochs = Annotated[float | None, typer.Option(help="Length of the run in passes over the data.", rich_help_panel=RUN)]
-Minutes = Annotated[
-    float | None, typer.Option(help="Length of the run by the clock, resumed parts together.", rich_help_panel=RUN)
-]
-Resume = Annotated[
-    str, typer.Option(help="auto (from --out), never, or a run or checkpoint to go on from.", rich_help_panel=RUN)
-]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin anew and remove the run in --out: --resume never.", rich_help_panel=RUN)
-]
-SaveS = Annotated[float, typer.Option(help="Seconds between checkpoints; 0: by steps only.", rich_help_panel=RUN)]
-SaveN = Annotated[int, typer.Option(help="Steps between checkpoints; 0: by the clock only.", rich_help_panel=RUN)]
-Keep = Annotated[int, typer.Option(help="Checkpoints kept, besides the best; 0: all.", rich_help_panel=RUN)]
-EvalN = Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end only.", rich_help_panel=RUN)]
-SampleN = Annotated[int, typer.Option(help="Steps between sample pictures; 0: at the end only.", rich_help_panel=RUN)]
-LogN = Annotated[int, typer.Option(help="Steps between lines of the log.", rich_help_panel=RUN)]
-Board = Annotated[bool, typer.Option(help="Write TensorBoard's files too, if it is installed.", rich_help_panel=RUN)]
-Wandb = Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.", rich_help_panel=RUN)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.", rich_help_panel=RUN)]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...", rich_help_panel=RUN)]
-Workers = Annotated[int, typer.Option(help="Processes that read pictures; 0: none.", rich_help_panel=DATA)]
-ValImages = Annotated[
-    int | None,
-    typer.Option(min=1, help="Evaluate on so many of the validation images; default: all.", rich_help_panel=DATA),
-]
+DATA_HELP = "Folder with train/ and val/ of class folders, or webdataset shards."
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What both trainers are asked besides their settings."""
+
+    out: Path | None = setting(
+        None, "Folder of the run; an unfinished one is continued. By default in runs/", panel=RUN
+    )
+    steps: int | None = setting(None, "Length of the run in steps.", panel=RUN)
+    epochs: float | None = setting(None, "Length of the run in passes over the data.", panel=RUN)
+    minutes: float | None = setting(None, "Length by the clock, resumed parts together.", panel=RUN)
+    resume: str = setting("auto", "auto (from --out), never, or a run or checkpoint to begin from.", panel=RUN)
+    restart: bool = setting(False, "Begin anew and remove the run in --out: --resume never.", panel=RUN)
+    save_every: float = setting(300.0, "Seconds between checkpoints; 0: by steps only.", panel=RUN)
+    save_every_steps: int = setting(1000, "Steps between checkpoints; 0: by the clock only.", panel=RUN)
+    keep: int = setting(3, "Checkpoints kept, besides the best; 0: all.", panel=RUN)
+    eval_every_steps: int = setting(1000, "Steps between evaluations; 0: at the end only.", panel=RUN)
+    sample_every_steps: int = setting(1000, "Steps between sample pictures; 0: at the end only.", panel=RUN)
+    log_every_steps: int = setting(20, "Steps between lines of the log.", panel=RUN)
+    tensorboard: bool = setting(True, "Write TensorBoard's files too, if it is installed.", panel=RUN)
+    wandb: str | None = setting(None, "Project of Weights & Biases to log to.", panel=RUN)
+    threads: int | None = setting(None, "CPU threads, by default PyTorch's choice.", panel=RUN)
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...", panel=RUN)
+    workers: int = setting(0, "Processes that read pictures; 0: none.", panel=DATA)
+    val_images: int | None = setting(None, "Evaluate on so many of the validation images, by default all.", panel=DATA)
+
+    @property
+    def cadence(self) -> Cadence:
+        """How often what is done. Raises UserError."""
+        return Cadence(
+            self.save_every,
+            self.save_every_steps,
+            self.eval_every_steps,
+            self.sample_every_steps,
+            self.log_every_steps,
+            self.keep,
+        )
+
+    def length(self, usual: float | None) -> Callable[[int, int], Limits]:
+        """The length of the run as a function of (images, batch); `usual` epochs where the user gave none. Raises
+        UserError at once for a length that makes no sense."""
+        epochs = usual if self.steps is None and self.epochs is None and self.minutes is None else self.epochs
+
+        def limits(images: int, batch: int) -> Limits:
+            return Limits.of(self.steps, epochs, self.minutes, images=images, batch=batch)
+
+        limits(1, 1)
+        return limits
+
+    def train(self, job: Any, limits: Limits, cadence: Cadence, console: Console) -> None:
+        """Runs the loop."""
+        run_loop(
+            job,
+            self.out or Path("runs", job.kind),
+            limits,
+            cadence=cadence,
+            resume="never" if self.restart else self.resume,
+            tensorboard=self.tensorboard,
+            wandb=self.wandb,
+            console=console,
+        )
+
+
 Preset = Annotated[str, typer.Option(help="Named settings; options given besides it win.")]
 
 
@@ -70,89 +107,46 @@ def _of_preset(presets: dict[str, dict[str, Any]], preset: str, given: dict[str,
 
 
 @contextmanager
-def _ranks(threads: int | None, device: str) -> Iterator[tuple[Ranks, Console]]:
+def _ranks(run: RunOptions) -> Iterator[tuple[Ranks, Console]]:
     """The ranks of the run, and a console that only the main one speaks on."""
-    if threads is not None:
+    if run.val_images is not None and run.val_images < 1:
+        raise UserError(f"val_images: got {run.val_images}, expected 1 or more")
+    if run.threads is not None:
         most = 4 * (os.cpu_count() or 1)
-        if not 1 <= threads <= most:
-            raise UserError(f"threads: got {threads}, expected 1 to {most}")
-        torch.set_num_threads(threads)
-    with join_ranks(pick_device(device)) as ranks:
+        if not 1 <= run.threads <= most:
+            raise UserError(f"threads: got {run.threads}, expected 1 to {most}")
+        torch.set_num_threads(run.threads)
+    with join_ranks(pick_device(run.device)) as ranks:
         yield ranks, Console(quiet=not ranks.is_main)
 
 
-def _length(
-    usual: float | None, steps: int | None, epochs: float | None, minutes: float | None
-) -> Callable[[int, int], Limits]:
-    """The length of the run as a function of (images, batch); `usual` epochs where the user gave none. Raises UserError
-    at once for a length that makes no sense."""
-    if steps is None and epochs is None and minutes is None:
-        epochs = usual
-
-    def limits(images: int, batch: int) -> Limits:
-        return Limits.of(steps, epochs, minutes, images=images, batch=batch)
-
-    limits(1, 1)
-    return limits
-
-
 @app.command()
-@takes_settings(TokenizerSettings)
+@takes_settings(run=RunOptions, settings=TokenizerSettings)
 def tokenizer(
-    data: Annotated[
-        Path,
-        typer.Option(help="Folder with train/ and val/ of class folders, or webdataset shards.", rich_help_panel=DATA),
-    ],
+    data: Annotated[Path, typer.Option(help=DATA_HELP, rich_help_panel=DATA)],
+    run: dict[str, Any],
     settings: dict[str, Any],
-    out: Out = Path("runs/tokenizer"),
     preset: Preset = "small",
-    steps: Steps = None,
-    epochs: Epochs = None,
-    minutes: Minutes = None,
-    resume: Resume = "auto",
-    restart: Restart = False,
-    save_every: SaveS = 300.0,
-    save_every_steps: SaveN = 1000,
-    keep: Keep = 3,
-    eval_every_steps: EvalN = 1000,
-    sample_every_steps: SampleN = 1000,
-    log_every_steps: LogN = 20,
-    tensorboard: Board = True,
-    wandb: Wandb = None,
-    workers: Workers = 0,
-    val_images: ValImages = None,
-    threads: Threads = None,
-    device: Device = "auto",
 ) -> None:
     """Train the multi-scale tokenizer on images. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
     from var_fast.training.data import open_images
     from var_fast.training.tokenizer import TokenizerJob
 
-    chosen = _of_preset(TOKENIZER_PRESETS, preset, settings)
-    length = _length(chosen.pop("epochs", None), steps, epochs, minutes)
+    options, chosen = RunOptions(**run), _of_preset(TOKENIZER_PRESETS, preset, settings)
+    length, cadence = options.length(chosen.pop("epochs", None)), options.cadence
     made = TokenizerSettings(**chosen)
     check_tokenizer_settings(made)
-    cadence = Cadence(save_every, save_every_steps, eval_every_steps, sample_every_steps, log_every_steps, keep)
-    with _ranks(threads, device) as (ranks, console):
+    with _ranks(options) as (ranks, console):
         train = open_images(data, "train")
         val = open_images(data, "val", classes=train.classes)
         limits = length(len(train), made.batch)
-        job = TokenizerJob(made, train, val, ranks, workers=workers, val_images=val_images)
+        job = TokenizerJob(made, train, val, ranks, workers=options.workers, val_images=options.val_images)
         _say_what(console, job.vae, len(train), len(val) if val else 0, limits)
-        run_loop(
-            job,
-            out,
-            limits,
-            cadence=cadence,
-            resume="never" if restart else resume,
-            tensorboard=tensorboard,
-            wandb=wandb,
-            console=console,
-        )
+        options.train(job, limits, cadence, console)
 
 
 @app.command()
-@takes_settings(TransformerSettings)
+@takes_settings(run=RunOptions, settings=TransformerSettings)
 def transformer(
     data: Annotated[
         Path,
@@ -161,6 +155,7 @@ def transformer(
             rich_help_panel=DATA,
         ),
     ],
+    run: dict[str, Any],
     settings: dict[str, Any],
     tokenizer: Annotated[
         str | None,
@@ -171,60 +166,32 @@ def transformer(
     vae_ckpt: Annotated[
         Path | None, typer.Option(help="File of the published tokenizer.", rich_help_panel=DATA)
     ] = None,
-    out: Out = Path("runs/transformer"),
-    preset: Preset = "small",
-    steps: Steps = None,
-    epochs: Epochs = None,
-    minutes: Minutes = None,
-    resume: Resume = "auto",
-    restart: Restart = False,
-    save_every: SaveS = 300.0,
-    save_every_steps: SaveN = 1000,
-    keep: Keep = 3,
-    eval_every_steps: EvalN = 1000,
-    sample_every_steps: SampleN = 1000,
-    log_every_steps: LogN = 20,
-    tensorboard: Board = True,
-    wandb: Wandb = None,
-    workers: Workers = 0,
-    val_images: ValImages = None,
     enlarge: Annotated[
         float, typer.Option(help="From images: the shorter side before the crop, of the size.", rich_help_panel=DATA)
     ] = 1.125,
     flip: Annotated[bool, typer.Option(help="From images: mirror half of them.", rich_help_panel=DATA)] = False,
-    threads: Threads = None,
-    device: Device = "auto",
+    preset: Preset = "small",
 ) -> None:
     """Train the transformer on a tokenizer's tokens. Stop it with Ctrl-C or SIGTERM; the same command goes on."""
     from var_fast.training.transformer import TransformerJob
 
-    chosen = _of_preset(TRANSFORMER_PRESETS, preset, settings)
-    length = _length(chosen.pop("epochs", None), steps, epochs, minutes)
+    options, chosen = RunOptions(**run), _of_preset(TRANSFORMER_PRESETS, preset, settings)
+    length, cadence = options.length(chosen.pop("epochs", None)), options.cadence
     patch_nums = chosen.pop("patch_nums", None)
     made = TransformerSettings(**chosen)
     check_transformer_settings(made)
-    cadence = Cadence(save_every, save_every_steps, eval_every_steps, sample_every_steps, log_every_steps, keep)
-    with _ranks(threads, device) as (ranks, console):
-        vae, source = _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_images)
-        if patch_nums not in (None, tuple(vae.quantize.v_patch_nums)):
-            found = tuple(vae.quantize.v_patch_nums)
+    with _ranks(options) as (ranks, console):
+        vae, source = _open_tokens(data, tokenizer, vae_ckpt, ranks, options, enlarge, flip)
+        found = tuple(vae.quantize.v_patch_nums)
+        if patch_nums not in (None, found):
             raise UserError(f"preset: {preset} is for a tokenizer with patch_nums {patch_nums}, this one has {found}")
         limits = length(source.images, made.batch)
         job = TransformerJob(made, vae, source, ranks, limits.steps)
         _say_what(console, job.var, source.images, None, limits)
-        run_loop(
-            job,
-            out,
-            limits,
-            cadence=cadence,
-            resume="never" if restart else resume,
-            tensorboard=tensorboard,
-            wandb=wandb,
-            console=console,
-        )
+        options.train(job, limits, cadence, console)
 
 
-def _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_images):
+def _open_tokens(data, tokenizer, vae_ckpt, ranks, options, enlarge, flip):
     """(frozen tokenizer on the ranks' device, source of tokens) of a token cache or of images."""
     from var_fast.cli_models import image_size
     from var_fast.training.data import Augmentation, open_images
@@ -238,7 +205,7 @@ def _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_i
         vae = cache.tokenizer()
         if given:
             cache.check_tokenizer(load_tokenizer(tokenizer or "demo", vae_ckpt))
-        source = CachedTokens(cache, val_images)
+        source = CachedTokens(cache, options.val_images)
     else:
         if not given:
             raise UserError("tokenizer: got none, expected one beside images (a token cache has its own)")
@@ -246,7 +213,7 @@ def _open_tokens(data, tokenizer, vae_ckpt, ranks, enlarge, flip, workers, val_i
         train = open_images(data, "train")
         val = open_images(data, "val", classes=train.classes)
         augmentation = Augmentation(size=image_size(vae), enlarge=enlarge, flip=flip)
-        source = EncodedImages(train, val, augmentation, workers=workers, held_out_images=val_images)
+        source = EncodedImages(train, val, augmentation, workers=options.workers, held_out_images=options.val_images)
     return vae.eval().requires_grad_(False).to(ranks.device), source
 
 

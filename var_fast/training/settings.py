@@ -19,29 +19,34 @@ def setting(default: Any, help: str, *, compare: bool = True, panel: str | None 
     return dataclasses.field(default=default, compare=compare, metadata={"help": help, "panel": panel})
 
 
-def takes_settings(settings_class: type) -> Callable[[Callable], Callable]:
-    """For a typer command with a parameter `settings`: it gets an option for each field of `settings_class` instead.
+def takes_settings(**classes: type) -> Callable[[Callable], Callable]:
+    """For a typer command with parameters of these names: it gets an option for each field of their classes instead.
 
-    `settings` is then a dict of those that the user gave. Tuples are given as numbers with commas between them.
+    Each parameter is then a dict of the fields that the user gave. Tuples are given as numbers with commas between
+    them. No two classes may have a field of one name.
     """
 
     def decorate(command: Callable) -> Callable:
-        hints = typing.get_type_hints(settings_class)
-        fields = {field.name: field for field in dataclasses.fields(settings_class) if field.metadata}
+        hints = {name: typing.get_type_hints(of) for name, of in classes.items()}
+        fields = {
+            name: {field.name: field for field in dataclasses.fields(of) if field.metadata}
+            for name, of in classes.items()
+        }
 
         def with_options(**given: Any) -> Any:
-            chosen = {name: given.pop(name) for name in fields}
-            settings = {
-                name: _numbers(name, value) if typing.get_origin(hints[name]) is tuple else value
-                for name, value in chosen.items()
-                if value is not None
-            }
-            return command(settings=settings, **given)
+            for name in classes:
+                chosen = {field: given.pop(field) for field in fields[name]}
+                given[name] = {
+                    field: _numbers(field, value) if typing.get_origin(hints[name][field]) is tuple else value
+                    for field, value in chosen.items()
+                    if value is not None
+                }
+            return command(**given)
 
         signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.name != "settings"]
-        made = [_option(field, hints[name]) for name, field in fields.items()]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + made
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+        made = [_option(field, hints[name][field.name]) for name in classes for field in fields[name].values()]
+        parameters = [p for p in own if p.name not in classes] + made
         with_options.__signature__ = signature.replace(parameters=parameters)
         # typer asks for the hints apart from the signature
         with_options.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -59,8 +64,9 @@ def _option(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     if isinstance(default, tuple):
         shown = ",".join(map(str, default))
     else:
-        shown = f"{default:g}" if isinstance(default, float) else default if default not in (None, "") else "none"
-    option = typer.Option(help=f"{field.metadata['help']} Default: {shown}.", rich_help_panel=field.metadata["panel"])
+        shown = f"{default:g}" if isinstance(default, float) else default if default != "" else "none"
+    help = field.metadata["help"] if default is None else f"{field.metadata['help']} Default: {shown}."
+    option = typer.Option(help=help, rich_help_panel=field.metadata["panel"])
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
