@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from var_fast.errors import UserError
 
 # Not all that Pillow knows: of some formats it asks other programs, which a picture from anywhere must not start.
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def load_image(path: str | os.PathLike[str], size: int | None = None, resize: bool = False) -> torch.Tensor:

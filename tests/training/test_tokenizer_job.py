@@ -66,7 +66,7 @@ def test_settings_choose_the_model():
     with torch.device("meta"):
         vae = build_tokenizer(published, test_mode=True)
     assert vae.config["v_patch_nums"] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16] and vae.downsample * 16 == published.size
-    assert TokenizerSettings(**TOKENIZER_PRESETS["small"]) == TokenizerSettings()
+    assert TokenizerSettings(**TOKENIZER_PRESETS["demo"]) == TokenizerSettings()
 
 
 @pytest.mark.parametrize("name", ["patchgan", "dino"])

@@ -133,9 +133,10 @@ def tokenizer(
     from var_fast.training.tokenizer import TokenizerJob
 
     options, chosen = RunOptions(**run), _of_preset(TOKENIZER_PRESETS, preset, settings)
-    length, cadence = options.length(chosen.pop("epochs", None)), options.cadence
+    usual = chosen.pop("epochs", None)
     made = TokenizerSettings(**chosen)
     check_tokenizer_settings(made)
+    length, cadence = options.length(usual), options.cadence
     with _ranks(options) as (ranks, console):
         train = open_images(data, "train")
         val = open_images(data, "val", classes=train.classes)
@@ -176,10 +177,10 @@ def transformer(
     from var_fast.training.transformer import TransformerJob
 
     options, chosen = RunOptions(**run), _of_preset(TRANSFORMER_PRESETS, preset, settings)
-    length, cadence = options.length(chosen.pop("epochs", None)), options.cadence
-    patch_nums = chosen.pop("patch_nums", None)
+    usual, patch_nums = (chosen.pop(name, None) for name in ("epochs", "patch_nums"))
     made = TransformerSettings(**chosen)
     check_transformer_settings(made)
+    length, cadence = options.length(usual), options.cadence
     with _ranks(options) as (ranks, console):
         vae, source = _open_tokens(data, tokenizer, vae_ckpt, ranks, options, enlarge, flip)
         found = tuple(vae.quantize.v_patch_nums)

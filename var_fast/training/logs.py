@@ -51,6 +51,8 @@ class RunLog:
 
     def write_picture(self, name: str, path: Path, step: int) -> None:
         """Shows the PNG at `path` in TensorBoard."""
+        if self._board is None:
+            return
         import numpy as np
         from PIL import Image
 

@@ -25,7 +25,7 @@ MODEL, LEARNING, REGULAR, START, PROGRESS, MACHINE = (
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """What a transformer run is made of; the defaults are the preset "small". A resumed run must have the same."""
+    """What a transformer run is made of; the defaults are the preset "demo". A resumed run must have the same."""
 
     depth: int = setting(6, "Blocks.", panel=MODEL)
     embed_dim: int = setting(256, "Width; 0: 64 times the depth.", panel=MODEL)
