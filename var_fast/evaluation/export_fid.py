@@ -55,7 +55,8 @@ def to_uint8(images_B3HW: torch.Tensor) -> np.ndarray:
 
 def parts_folder(out: Path) -> Path:
     """Where the parts of `out` are until it is done."""
-    out = Path(os.path.realpath(out))
+    if out.is_symlink():
+        out = Path(os.path.realpath(out))
     return out.with_name(f"{out.name}.parts")
 
 
