@@ -109,10 +109,6 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    try:
-        yield Ranks(rank, count, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
-    except BaseException:
-        # The groups end with the process: to destroy them here could wait for ranks that wait for this one.
-        raise
-    else:
-        dist.destroy_process_group()
+    yield Ranks(rank, count, device, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    # Not after an error: to end the groups could wait for ranks that wait for this one, which the process's end tells.
+    dist.destroy_process_group()
