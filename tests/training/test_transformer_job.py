@@ -102,14 +102,10 @@ def _save_models(folder, ranks: Ranks) -> None:
         job.step(2, 0.1, next(job.batches(2)))  # and training goes on
 
 
-def test_two_ranks_give_the_gradients_of_one_with_the_whole_batch():
+def test_two_ranks_give_what_one_gives_with_the_whole_batch(tmp_path):
     """DDP and FSDP2 on gloo against one rank with the same batch: gradients to 1e-6, weights after three steps of
-    AdamW, which divides by their size, to 1e-5."""
-    on_two_ranks(_as_one_rank)
-
-
-def test_sharded_weights_are_saved_as_whole_ones(tmp_path):
-    on_two_ranks(partial(_save_models, tmp_path))
+    AdamW, which divides by their size, to 1e-5. Sharded weights are saved as whole ones."""
+    on_two_ranks(_as_one_rank, partial(_save_models, tmp_path))
     ddp, fsdp = (load_checkpoint(tmp_path / name) for name in ("ddp", "fsdp"))
     assert_close(dict(fsdp.var.state_dict()), dict(ddp.var.state_dict()), 1e-5)
     assert ddp.classes == fsdp.classes == ["a", "b", "c"]
