@@ -216,7 +216,7 @@ class _Run:
         self.console = console if self.is_main else Console(quiet=True)
         self.step, self.before_s, self.metrics = 0, 0.0, {}
         self.best = math.inf
-        self.evaluated_step = self.drawn_step = -1
+        self.evaluated_step = self.drawn_step = self.saved_step = -1
         self.window = _Window(self.ranks)
         self.watch = _LossWatch(cadence.diverged_at)
         self.known_skipped: set[str] = set()
@@ -358,7 +358,7 @@ class _Run:
                 self.save(best=True)
         if c.sample_every_steps and step % c.sample_every_steps == 0:
             self.draw_samples()
-        if save_due or (c.save_every_steps and step % c.save_every_steps == 0):
+        if (save_due or (c.save_every_steps and step % c.save_every_steps == 0)) and self.saved_step != step:
             self.save()
 
     def _write_window(self) -> dict[str, Any]:
@@ -440,7 +440,7 @@ class _Run:
         except UserError as error:  # of the save before, on all ranks: this one may find room again
             self.say(f"warning: {error}")
         self.checkpoints.save(self.step, self.job.tensors(), facts, best=best, wait=wait)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def _write_model(self, folder: Path) -> None:
         write = self.job.model_writer()
