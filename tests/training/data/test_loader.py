@@ -228,18 +228,38 @@ def test_signals_to_all_processes_do_not_end_the_workers(source):
     assert not any(worker.is_alive() for worker in workers)
 
 
+def run_script(script):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from var_fast.training.data import *\n" + script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
 def test_a_script_with_workers_ends(image_folder):
     script = f"""
-from var_fast.training.data import *
 source = open_images({str(image_folder)!r}, "train")
 batches = TrainBatches(source, Augmentation(8), batch=2, seed=0, workers=2)
 some = evaluation_batches(source, Augmentation(8), batch=2, workers=1)
 print(len(next(batches)), len(next(some)), flush=True)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "2 2\n", "")
+    assert run_script(script) == (0, "2 2\n", "")
+
+
+def test_a_script_that_keeps_an_error_of_a_worker_ends(image_folder):
+    """As a debugger does, or a test: the error keeps the frames it came through."""
+    script = f"""
+import os
+source = open_images({str(image_folder)!r}, "train")
+os.remove(source.name(3))
+os.mkdir(source.name(3))
+batches = TrainBatches(source, Augmentation(8), batch=15, seed=0, workers=2)
+try:
+    next(batches)
+except Exception as error:
+    kept = error
+print(type(kept).__name__, flush=True)
+"""
+    assert run_script(script) == (0, "UserError\n", "")
 
 
 def test_sources_can_be_sent_to_another_process(source):

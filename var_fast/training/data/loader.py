@@ -185,6 +185,11 @@ def _checked(loaded: Iterator[Batch | UserError]) -> Generator[Batch]:
         raise UserError(
             f"data: a worker was killed, for want of memory or shared memory (/dev/shm)? Try fewer: {first_line(error)}"
         ) from error
+    finally:
+        # Not left to the garbage collector: who keeps an error keeps this frame, and Python would wait for workers that
+        # nobody has told to end.
+        if hasattr(loaded, "_shutdown_workers"):
+            loaded._shutdown_workers()
 
 
 @dataclass(frozen=True)
