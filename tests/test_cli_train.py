@@ -90,7 +90,9 @@ def test_what_is_refused(made, tmp_path, capsys):
     )
     assert "val_images: got 0, expected 1 or more" in says("tokenizer", *images, "--steps", 1, "--val-images", 0)
     assert "threads: got 0" in says("tokenizer", *images, "--steps", 1, "--threads", 0)
-    assert "expected a multiple of 3" in says("transformer", *tokens, *SMALL, "--steps", 1, "--passes", 3)
+    assert "expected a multiple of 1 (ranks) times 3 (parts)" in says(
+        "transformer", *tokens, *SMALL, "--steps", 1, "--passes", 3
+    )
     assert "run: " in says("export", tmp_path, tmp_path / "out")
 
     vae, var, _, _ = load_checkpoint(made / "transformer" / "model")

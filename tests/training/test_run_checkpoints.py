@@ -331,7 +331,7 @@ def test_two_ranks(tmp_path):
         plain.step()
     plain.save(checkpoints, wait=True)
     torch.save(plain.whole(), tmp_path / "plain.pt")
-    done = script("two_ranks.py", tmp_path)
+    done = script("checkpoints_on_two_ranks.py", tmp_path)
     assert "Warning" not in done.stderr and "checkpoint" not in done.stderr
     # two shards -> one whole copy; the script loads the reverse
     again = Run("plain", True, Ranks(), seed=9)

@@ -11,6 +11,9 @@ from functools import lru_cache
 
 import torch
 
+from var_fast.errors import UserError
+from var_fast.training.ranks import Ranks
+
 
 def step_seed(seed: int, step: int) -> int:
     """One 63-bit seed per (seed, step), well mixed (the finaliser of splitmix64)."""
@@ -30,6 +33,12 @@ def position_seed(seed: int, position: int) -> int:
 def epoch_order(count: int, epoch: int, seed: int) -> torch.Tensor:
     """(count,) int64: the permutation in which epoch number `epoch` takes `count` examples. Not to be written to."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(step_seed(seed, -2 - epoch)))
+
+
+def check_batch(batch: int, ranks: Ranks, parts: int) -> None:
+    """Raises UserError if the examples of a step cannot be divided evenly."""
+    if batch < 1 or batch % (ranks.count * parts):
+        raise UserError(f"batch: got {batch}, expected a multiple of {ranks.count} (ranks) times {parts} (parts)")
 
 
 def batch_positions(step: int, batch: int, *, rank: int = 0, ranks: int = 1, part: int = 0, parts: int = 1) -> range:

@@ -28,9 +28,8 @@ from var_fast.checkpoint_files import first_line
 from var_fast.errors import UserError
 from var_fast.layout import check_keywords
 from var_fast.models import VQVAE
-from var_fast.training.data.loader import check_batch
 from var_fast.training.files import weights_hash
-from var_fast.training.order import batch_positions, examples_at, position_seed
+from var_fast.training.order import batch_positions, check_batch, examples_at, position_seed
 from var_fast.training.ranks import Ranks
 
 KIND, VERSION = "var_fast token cache", 1

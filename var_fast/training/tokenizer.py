@@ -21,12 +21,11 @@ from var_fast.training.adversary.balance import adaptive_weight, last_layer_grad
 from var_fast.training.code_use import CodeUse
 from var_fast.training.codebook import revive_codes, start_codebook
 from var_fast.training.data import Augmentation, Batch, ImageSource, TrainBatches, evaluation_batches, to_float
-from var_fast.training.data.loader import check_batch
 from var_fast.training.ema import Ema
 from var_fast.training.files import weights_hash
 from var_fast.training.lpips import load_lpips
 from var_fast.training.optimizer import clip_and_step, set_rates, weight_groups
-from var_fast.training.order import step_seed
+from var_fast.training.order import check_batch, step_seed
 from var_fast.training.parallel import parallelise
 from var_fast.training.ranks import Ranks
 from var_fast.training.schedule import cosine_factor

@@ -18,7 +18,7 @@ from var_fast.training.adam_state import adam_tensors
 from var_fast.training.ema import Ema
 from var_fast.training.files import weights_hash
 from var_fast.training.optimizer import clip_gradients, set_rates, weight_groups
-from var_fast.training.order import step_seed
+from var_fast.training.order import check_batch, step_seed
 from var_fast.training.parallel import gradients_stay, parallelise, whole
 from var_fast.training.precision import Precision
 from var_fast.training.ranks import Ranks
@@ -270,12 +270,16 @@ class TransformerJob:
         var = self._plain_average(self.ranks.device)
         with self.ranks.together():
             if var is not None:
+                training = var.training  # without an average it is the model that learns
                 labels = (spread(var.num_classes) * 16)[:16]
                 options = {"cfg": 2.0, "top_k": min(900, var.V), "top_p": 0.95}
-                images_B3HW = Sampler(var, device=self.ranks.device).sample(labels, seeds=list(range(16)), **options)
+                try:
+                    sampler = Sampler(var.eval(), device=self.ranks.device)
+                    images_B3HW = sampler.sample(labels, seeds=list(range(16)), **options)
+                finally:
+                    var.train(training)
                 text = {"label": ",".join(map(str, labels)), "step": str(step), "options": str(options)}
                 save_png(make_grid(images_B3HW.float().cpu(), 4), path, text)
-        self.var.train()
 
     def model_writer(self) -> Callable[[Path], None] | None:
         """Writes both models in float32."""
@@ -284,9 +288,9 @@ class TransformerJob:
 
     @torch.no_grad()
     def _plain_average(self, device: torch.device) -> VAR | None:
-        """The averaged weights as one module in eval mode: on the main rank, put together from shards if need be."""
+        """The averaged weights as one module on the main rank, put together from shards if need be."""
         if not self._sharded:
-            return self.average.eval() if self.ranks.is_main else None
+            return self.average if self.ranks.is_main else None
         entries = {}
         for name, tensor in self.average.state_dict().items():
             full = whole(tensor)
@@ -343,12 +347,7 @@ def teacher_input(vae: VQVAE, tokens_BL: torch.Tensor, scales: int) -> tuple[tor
 
 
 def _check_parallel(settings: TransformerSettings, ranks: Ranks, steps: int | None) -> None:
-    shares = ranks.count * settings.passes
-    if settings.batch % shares:
-        raise UserError(
-            f"batch: got {settings.batch}, expected a multiple of {shares} "
-            f"({ranks.count} ranks, {settings.passes} passes)"
-        )
+    check_batch(settings.batch, ranks, settings.passes)
     if settings.parallel == "fsdp" and settings.precision == "float16":
         raise UserError("precision: got float16 with parallel fsdp, expected bfloat16 or float32 there")
     if settings.progressive > 0 and steps is None:

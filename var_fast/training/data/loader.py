@@ -21,7 +21,7 @@ from var_fast.checkpoint_files import first_line
 from var_fast.errors import UserError
 from var_fast.training.data.augmentation import Augmentation
 from var_fast.training.data.source import ImageSource
-from var_fast.training.order import batch_positions, examples_at, position_seed, share_of
+from var_fast.training.order import batch_positions, check_batch, examples_at, position_seed, share_of
 from var_fast.training.ranks import Ranks
 
 Item = tuple[int, int]  # position in the stream of examples, index in the source
@@ -214,12 +214,6 @@ class _TrainItems:
             positions = batch_positions(step, self.batch, **where)
             yield list(zip(positions, examples_at(positions, self.count, self.seed)))
             number += 1
-
-
-def check_batch(batch: int, ranks: Ranks, parts: int) -> None:
-    """Raises UserError if a step's examples cannot be divided evenly."""
-    if batch < 1 or batch % (ranks.count * parts):
-        raise UserError(f"batch: got {batch}, expected a multiple of {ranks.count} (ranks) times {parts} (parts)")
 
 
 @dataclass(frozen=True)

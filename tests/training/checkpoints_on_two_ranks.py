@@ -1,4 +1,4 @@
-"""Run by test_run_checkpoints.py: python two_ranks.py FOLDER. Two ranks save and load; exits with 0 if all holds.
+"""Run by test_run_checkpoints.py with a folder: two ranks save and load; exits with 0 if all holds.
 
 FOLDER/plain holds a checkpoint of one rank, with its tensors in plain.pt; FOLDER/fsdp gets one of two, and fsdp.pt.
 """
