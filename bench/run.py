@@ -43,6 +43,10 @@ Quick = Annotated[
     bool | None,
     typer.Option("--quick/--full", help="Fewer models and rounds: 4 minutes on 2 CPU cores. Default on a CPU."),
 ]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Of the operators, those cases only whose name contains this, as in 'scale_attention forward'."),
+]
 Peers = Annotated[
     list[str] | None,
     typer.Option(
@@ -74,6 +78,7 @@ def report(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quick: Quick = None,
+    only: Only = None,
     peer: Peers = None,
     vae_ckpt: TokenizerFile = None,
     var_ckpt: TransformerFile = None,
@@ -120,6 +125,8 @@ def report(
     ]
     if batch is not None and all(group.suite == "ops" for group in groups):
         raise UserError("--batch goes with the suites tokenize, train and sample; operators have shapes of their own")
+    if only and all(group.suite != "ops" for group in groups):
+        raise UserError("--only chooses among operators, expected ops among the suites of --suite")
     old = None if compare is None else Report.read(compare)
     if json is not None:
         from var_fast.images import check_writable
@@ -152,6 +159,7 @@ def report(
             dtypes=dtypes,
             peers=peers,
             quick=quick,
+            only=only or (),
             method=Method(
                 budget_s=seconds if seconds is not None else 4.0 if quick else 10.0,
                 least_rounds=rounds or (3 if quick else 7),

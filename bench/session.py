@@ -36,6 +36,7 @@ class Session:
     dtypes: Sequence[torch.dtype]
     peers: Sequence[Peer]
     quick: bool
+    only: Sequence[str]
     method: Method
     checkpoints: tuple[Path | None, Path | None]
     files: Sequence[Path]
@@ -81,9 +82,13 @@ class Session:
         if group.suite == "ops":
             # one at a time: their inputs are large, and are of the case's type
             cache, size = last_level_cache_bytes(self.device), "full" if self.device.type == "cuda" else "quick"
+            found = False
             for dtype in self.dtypes:
-                for case in ops.cases(self.device, dtype, size, cache_bytes=cache):
+                for case in ops.cases(self.device, dtype, size, only=self.only, cache_bytes=cache):
+                    found = True
                     yield [case]
+            if not found:
+                raise UserError(f"no case of an operator has {' or '.join(map(repr, self.only))} in its name")
             alone = [name for name, backends in FAST_BACKENDS.items() if not backends]
             if alone:
                 self.report.notes.append(f"only their reference in this version: {', '.join(alone)}")

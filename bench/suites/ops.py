@@ -36,12 +36,13 @@ def cases(
     dtype: torch.dtype,
     size: str,
     names: Sequence[str] | None = None,
+    only: Sequence[str] = (),
     cache_bytes: int = 64 * 2**20,
 ) -> Iterator[Case]:
     """Every operator at every shape of `size` ("small", "quick", "full"), each case's inputs made when its turn comes.
 
-    `names`: only these operators. `cache_bytes`: the last-level cache; sets of inputs are made until twice as much.
-    Raises UserError for an unknown operator.
+    `names`: only these operators; `only`: only cases whose name contains one of these texts. `cache_bytes`: the
+    last-level cache; sets of inputs are made until twice as much. Raises UserError for an unknown operator.
     """
     known = {operator.name: operator for operator in operators()}
     for name in names or ():
@@ -54,7 +55,8 @@ def cases(
         for shape in known[name].shapes[size]
         for backward in ([False, True] if known[name].differentiable else [False])
     ]
-    return (_case(subject, device, dtype, cache_bytes) for subject in plans)
+    wanted = (plan for plan in plans if not only or any(text in _name(plan) for text in only))
+    return (_case(subject, device, dtype, cache_bytes) for subject in wanted)
 
 
 def as_implementation(case: Case, function: Callable) -> Implementation:
@@ -122,7 +124,7 @@ def _case(subject: OpSubject, device: torch.device, dtype: torch.dtype, cache_by
     operator, shape = subject.operator, subject.shape
     return Case(
         suite="ops",
-        name=f"{operator.name} {'forward + backward' if subject.backward else 'forward'} {_shape_text(shape)}",
+        name=_name(subject),
         device=device,
         dtype=dtype,
         batch=shape["B"],
@@ -132,6 +134,11 @@ def _case(subject: OpSubject, device: torch.device, dtype: torch.dtype, cache_by
         subject=subject,
         check=partial(_check, subject, dtype),
     )
+
+
+def _name(subject: OpSubject) -> str:
+    direction = "forward + backward" if subject.backward else "forward"
+    return f"{subject.operator.name} {direction} {_shape_text(subject.shape)}"
 
 
 def _shape_text(shape: dict[str, Any]) -> str:
