@@ -145,7 +145,7 @@ def report(
 
     # cuDNN would round float32 to TF32, and be compared with what does not
     torch.backends.cudnn.allow_tf32 = False
-    if place.type == "cuda":
+    if place.type == "cuda" and place.index is not None:
         torch.cuda.set_device(place)  # events and kernels are recorded on the current device
     notes = []
     if chosen := os.environ.pop("VAR_FAST_BACKEND", None):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -50,6 +51,16 @@ def files_with_gpu_tests(tests: Path) -> list[str]:
     """The folder gpu/ of `tests`, and the other test files that mark a test `gpu`: the rest may need more packages."""
     others = (path for path in sorted(tests.rglob("test_*.py")) if tests / "gpu" not in path.parents)
     return [str(tests / "gpu"), *(str(path) for path in others if "pytest.mark.gpu" in path.read_text())]
+
+
+def in_parallel() -> list[str]:
+    """Options of pytest by which tests share the GPU, where pytest-xdist is installed: most of their time goes to
+    compiling kernels, on a CPU."""
+    workers = min(12, (os.cpu_count() or 1) - 2)
+    if workers < 2 or importlib.util.find_spec("xdist") is None:
+        return []
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    return ["-n", str(workers), "--dist", "worksteal"]
 
 
 def print_table(tests: dict[str, dict], device: str) -> None:
@@ -124,7 +135,7 @@ def main() -> int:
     outcomes = Outcomes()
     code = pytest.main(
         [
-            *("-q", "-m", "gpu", "--continue-on-collection-errors", f"--rootdir={root}"),
+            *("-q", "-m", "gpu", "--continue-on-collection-errors", f"--rootdir={root}", *in_parallel()),
             *(arguments.tests or files_with_gpu_tests(root / "tests")),
         ],
         plugins=[outcomes],

@@ -222,6 +222,15 @@ def test_names():
         cases(CPU, torch.float32, "small", ["adaln"])
 
 
+def test_only_cases_whose_name_contains_a_text():
+    chosen = list(cases(CPU, torch.float32, "small", only=["adaln_modulate forward 2x", "pyramid"]))
+    assert [case.name for case in chosen] == [
+        "adaln_modulate forward 2x30x64",
+        "pyramid_update forward 2x8x4x4x64 pn=2 pn_next=3",
+        "residual_adaln_modulate forward 2x30x64",
+    ]
+
+
 def test_attention_peers_have_nothing_for_other_operators(checkout):
     for peer in (sdpa.Peer(), flex.Peer(), hmar.Peer(checkout)):
         assert peer.ops(forward("qk_norm")) == {}

@@ -93,6 +93,7 @@ def test_an_interrupt_writes_what_is_finished(tmp_path, how):
         (["--out", "/proc/nowhere"], "--out is '/proc/nowhere'"),
         (["--vae-ckpt", "x.pth"], "--vae-ckpt and --var-ckpt go with one published model"),
         (["--rounds", "1"], "--rounds"),
+        (["--suite", "sample", "--only", "qk_norm"], "--only chooses among operators"),
         (["--nonsense"], "--nonsense"),
     ],
 )

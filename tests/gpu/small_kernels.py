@@ -6,19 +6,26 @@ import torch
 from bench.suites.ops import backend_implementations, cases
 from tests.cuda import checks
 from tests.cuda.device import DeviceOperators
-from var_fast import VAR, VQVAE, Sampler
+from var_fast import VAR, VQVAE
+from var_fast.engine.native_loop import NativeLoop
+from var_fast.engine.options import SamplingOptions
 
 
 def sample(device: torch.device) -> None:
-    """Every leaf kernel of the native loop, captured and replayed, odd sizes, more than one image."""
+    """Every leaf kernel of the native loop, odd sizes, more than one image. Not as a graph: without the caching
+    allocator, which would hide errors, nothing can be allocated while one is captured."""
     torch.manual_seed(0)
     patch_nums = (1, 2, 3, 5)
     vae = VQVAE(vocab_size=96, z_channels=8, ch=32, v_patch_nums=patch_nums, ch_mult=(1, 2))
     var = VAR(vae, num_classes=3, depth=2, embed_dim=64, num_heads=2, patch_nums=patch_nums, attn_l2_norm=True)
-    for dtype in ("float32", "bfloat16", "float16"):
-        sampler = Sampler(var, dtype=dtype, device=device)
+    vae.to(device).eval()
+    var.to(device).eval()
+    label_B, seed_B = torch.tensor([0, 1, 2], device=device), torch.tensor([5, 6, 7], device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loop = NativeLoop(var, dtype)
         for more_smooth in (False, True):
-            sampler.sample([0, 1, 2], [5, 6, 7], top_k=20, top_p=0.9, more_smooth=more_smooth)
+            with torch.no_grad():
+                loop.sample(label_B, seed_B, SamplingOptions(1.5, 20, 0.9, more_smooth))
             torch.cuda.synchronize()
         print(f"ran the native loop {dtype}")
 

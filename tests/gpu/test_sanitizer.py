@@ -29,5 +29,5 @@ def test_kernels_are_clean(check):
     )
     assert "ran scale_attention" in done.stdout, done.stderr[-2000:]
     assert "ran the CUDA operators" in done.stdout, done.stderr[-2000:]
-    assert "ran the native loop float16" in done.stdout, done.stderr[-2000:]
+    assert "ran the native loop torch.float16" in done.stdout, done.stderr[-2000:]
     assert done.returncode == 0, done.stdout[-4000:]
