@@ -83,10 +83,10 @@ def test_figures_of_the_benchmark(tmp_path, monkeypatch, capsys):
     run.parent.mkdir()
     text = "import json, pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\nout.mkdir()\n"
     run.write_text(text + f"(out / 'report.json').write_text(json.dumps(dict(rows={rows!r})))\nsys.exit(1)\n")
-    gpu_check.print_figures(gpu_check.short_benchmark(tmp_path, tmp_path / "out"))
+    gpu_check.print_figures(gpu_check.short_benchmark(tmp_path, "ops", tmp_path / "out"))
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "sample  d16 bfloat16 batch 1 var_fast: 4.000 ms, 50% of floor"
     assert printed[1].endswith("var_fast: no memory")
     run.write_text("raise SystemExit('no device')")
-    gpu_check.print_figures(gpu_check.short_benchmark(tmp_path, tmp_path / "none"))
+    gpu_check.print_figures(gpu_check.short_benchmark(tmp_path, "ops", tmp_path / "none"))
     assert capsys.readouterr().out == "benchmark: not run: no device\n"

@@ -80,16 +80,22 @@ def print_table(tests: dict[str, dict], device: str) -> None:
     Console().print(table)
 
 
-SHORT_BENCHMARK = (
-    *("--suite", "sample,ops", "--models", "d16", "--batch", "1,64", "--dtype", "bfloat16"),
-    *("--rounds", "3", "--seconds", "1", "--peer", "sdpa", "--device", "cuda"),
-)
+COMMON = ("--rounds", "3", "--seconds", "0.2", "--peer", "sdpa", "--device", "cuda")
+SHORT_BENCHMARKS = {
+    "sample": ("--models", "d16", "--batch", "1,64", "--dtype", "bfloat16"),
+    "ops": (
+        *("--only", " 64x680x", "--only", "scale_attention forward + backward 16x680"),
+        *("--only", "group_norm_silu forward", "--dtype", "bfloat16,float32"),
+    ),
+}
+"""By suite of bench/run.py."""
 
 
-def short_benchmark(root: Path, out: Path, timeout_s: float = 240) -> list[dict] | str:
+def short_benchmark(root: Path, suite: str, out: Path, timeout_s: float = 120) -> list[dict] | str:
     """The rows of bench/run.py's report, of which `out` becomes the folder, or why there are none."""
     (out / "report.json").unlink(missing_ok=True)  # of an earlier run
-    command = [sys.executable, str(root / "bench" / "run.py"), *SHORT_BENCHMARK, "--out", str(out)]
+    options = ("--suite", suite, *SHORT_BENCHMARKS[suite], *COMMON, "--out", str(out))
+    command = [sys.executable, str(root / "bench" / "run.py"), *options]
     try:
         # it writes its report after every case, so what is finished counts
         done = subprocess.run(command, cwd=root, timeout=timeout_s, capture_output=True, text=True)
@@ -149,8 +155,11 @@ def main() -> int:
     written = {"device": device, "machine": report(), "tests": outcomes.tests}
     out.write_text(json.dumps(written, indent=1) + "\n")
     if torch.cuda.is_available() and not arguments.no_bench:
-        written["figures"] = short_benchmark(root, out.parent / "gpu_check_bench")
-        print_figures(written["figures"])
+        written["figures"] = {}
+        for suite in SHORT_BENCHMARKS:
+            rows = short_benchmark(root, suite, out.parent / "gpu_check_bench" / suite)
+            written["figures"][suite] = rows
+            print_figures(rows)
         out.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{passed} of {len(results)} gpu tests passed on {device}; written to {out}")
     # a file that could not be loaded makes pytest answer 1; what that means here, the outcomes say
