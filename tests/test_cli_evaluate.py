@@ -38,7 +38,7 @@ def test_reconstruction_of_a_folder(model, folder, capsys):
     images = torch.stack([load_image(file) for file in sorted((folder / "pictures").iterdir())])
     expected = reconstruction_metrics(VQVAE.from_pretrained(model), [images])
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-6), name
+        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name  # SSIM may be near 0
     assert found["images"] == 5 and found["unreadable"] == 0
     assert f"PSNR      {expected['psnr_db']:.2f} dB" in out and f"SSIM      {expected['ssim']:.4f}" in out
     rows = [line.split() for line in out.splitlines() if " x " in line]

@@ -36,13 +36,14 @@ def cases(
     dtype: torch.dtype,
     size: str,
     names: Sequence[str] | None = None,
-    only: Sequence[str] = (),
     cache_bytes: int = 64 * 2**20,
+    only: Sequence[str] = (),
 ) -> Iterator[Case]:
     """Every operator at every shape of `size` ("small", "quick", "full"), each case's inputs made when its turn comes.
 
-    `names`: only these operators; `only`: only cases whose name contains one of these texts. `cache_bytes`: the
-    last-level cache; sets of inputs are made until twice as much. Raises UserError for an unknown operator.
+    `names`: only these operators; `only`: only cases whose name contains one of these texts, all if there are none.
+    `cache_bytes`: the last-level cache; sets of inputs are made until twice as much. Raises UserError for an unknown
+    operator.
     """
     known = {operator.name: operator for operator in operators()}
     for name in names or ():
