@@ -54,11 +54,19 @@ inline void bind_cuda(pybind11::module_& m) {
                                    B, C, h, w, pn, pn_next, At{next_map}, At{stream});
           });
     m.def("cuda_group_norm_silu",
-          [](Address x, int x_type, Address weight, Address bias, Size B, Size hw, Size C, Size groups, float eps,
-             bool silu, Address y, int y_type, Address scratch, Address stream) {
-              cuda::group_norm_silu(At{x}, Type(x_type), At{weight}, At{bias}, B, hw, C, groups, eps, silu, At{y},
-                                    Type(y_type), At{scratch}, At{stream});
+          [](Address x, int x_type, Address x_bias, Address residual, Address sum, Address weight, Address bias, Size B,
+             Size hw, Size C, Size groups, float eps, bool silu, Address y, int y_type, Address scratch, Address stream) {
+              cuda::group_norm_silu(At{x}, Type(x_type), At{x_bias}, At{residual}, At{sum}, At{weight}, At{bias}, B, hw,
+                                    C, groups, eps, silu, At{y}, Type(y_type), At{scratch}, At{stream});
           });
+    m.def("cuda_add_bias_residual", [](Address x, int type, Address bias, Address residual, Size rows, Size C, Address y,
+                                       Address stream) {
+        cuda::add_bias_residual(At{x}, Type(type), At{bias}, At{residual}, rows, C, At{y}, At{stream});
+    });
+    m.def("cuda_weave_phases", [](Address phases, int type, Address bias, Size B, Size h, Size w, Size C, Address y,
+                                  Address stream) {
+        cuda::weave_phases(At{phases}, Type(type), At{bias}, B, h, w, C, At{y}, At{stream});
+    });
     m.def("cuda_group_norm_silu_scratch_bytes", &cuda::group_norm_silu_scratch_bytes);
     m.def("cuda_gelu",
           [](Address x, int type, Size n, Address stream) { cuda::gelu(At{x}, Type(type), n, At{stream}); });

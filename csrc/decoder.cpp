@@ -87,20 +87,9 @@ private:
         at::Tensor y = buffer_.narrow(0, 0, x_BChw.numel()).view({B, h, w, C}).permute({0, 3, 1, 2});
         const at::Tensor x = x_BChw.contiguous(CHANNELS_LAST);
         const Type type = element_type(x);
-        if (place_.cuda) {
-#ifdef VAR_FAST_WITH_CUDA
-            // zero where it is new; every call leaves it as the next one needs it
-            const int64_t bytes = cuda::group_norm_silu_scratch_bytes(B, h * w, C, layer.groups);
-            if (!scratch_.defined() || scratch_.numel() < bytes) scratch_ = at::zeros({bytes}, x.options().dtype(at::kByte));
-            cuda::group_norm_silu(x.const_data_ptr(), type, layer.weight_C.const_data_ptr<float>(),
-                                  layer.bias_C.const_data_ptr<float>(), B, h * w, C, layer.groups, layer.eps, silu,
-                                  y.mutable_data_ptr(), type, scratch_.mutable_data_ptr(), place_.stream);
-#endif
-        } else {
-            cpu::group_norm_silu(x.const_data_ptr(), type, layer.weight_C.const_data_ptr<float>(),
-                                 layer.bias_C.const_data_ptr<float>(), B, h * w, C, layer.groups, layer.eps, silu,
-                                 y.mutable_data_ptr(), type, place_.threads);
-        }
+        cpu::group_norm_silu(x.const_data_ptr(), type, layer.weight_C.const_data_ptr<float>(),
+                             layer.bias_C.const_data_ptr<float>(), B, h * w, C, layer.groups, layer.eps, silu,
+                             y.mutable_data_ptr(), type, place_.threads);
         return y;
     }
 
@@ -164,14 +153,16 @@ private:
 
     const Decoder& decoder_;
     const Place& place_;
-    at::Tensor buffer_, packed_, scratch_;
+    at::Tensor buffer_, packed_;
 };
 
 }  // namespace
 
 at::Tensor decode(const Decoder& decoder, const at::Tensor& f_hat_BChw, const Place& place) {
     const auto finish = [](const at::Tensor& x) { return x.to(at::kFloat).clamp_(-1, 1).add_(1).mul_(0.5).contiguous(); };
-    if (place.cuda) return finish(Decoding(decoder, place)(f_hat_BChw));
+#ifdef VAR_FAST_WITH_CUDA
+    if (place.cuda) return decode_cuda(decoder, f_hat_BChw, place);
+#endif
     // One by one: what a layer leaves is still in the cache for the next one, and memory does not grow with the batch.
     std::vector<at::Tensor> images;
     Decoding decoding(decoder, place);

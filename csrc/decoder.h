@@ -15,7 +15,7 @@ struct Norm {
     float eps = 1e-6f;
 };
 
-// `packed`: by mkldnn_reorder_conv2d_weight, for this padding.
+// `packed`: by mkldnn_reorder_conv2d_weight, for this padding. On CUDA the bias is float32.
 struct Conv {
     at::Tensor weight, bias;
     int64_t padding = 0;
@@ -38,5 +38,6 @@ struct Decoder {
 
 // f_hat (B, Cvae, h, w) float32 -> image (B, 3, H, W) float32 in [0, 1].
 at::Tensor decode(const Decoder& decoder, const at::Tensor& f_hat_BChw, const Place& place);
+at::Tensor decode_cuda(const Decoder& decoder, const at::Tensor& f_hat_BChw, const Place& place);
 
 }  // namespace var_fast

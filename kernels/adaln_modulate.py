@@ -69,13 +69,25 @@ def backward_kernel(
         dgate = tl.zeros([BLOCK_C], tl.float32)
     first = share * rows_per_share
     end = tl.minimum(first + rows_per_share, L)
+    rows = first + tl.arange(0, ROWS)
+    inside = (rows < end)[:, None] & (c < C)[None, :]
+    at = (image.to(tl.int64) * L + rows)[:, None] * C + c[None, :]
+    next_x, next_dy = tl.load(x_ptr + at, inside, 0.0), tl.load(dy_ptr + at, inside, 0.0)
+    if RESIDUAL:
+        next_dsum, next_branch = tl.load(dsum_ptr + at, inside, 0.0), tl.load(branch_ptr + at, inside, 0.0)
     for begin in range(first, end, ROWS):
-        rows = begin + tl.arange(0, ROWS)
+        x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
+        if RESIDUAL:
+            dsum, branch = next_dsum.to(tl.float32), next_branch.to(tl.float32)
+        this_at, this_inside = at, inside
+        # the next tile is on its way while this one is reduced
+        rows = begin + ROWS + tl.arange(0, ROWS)
         inside = (rows < end)[:, None] & (c < C)[None, :]
         at = (image.to(tl.int64) * L + rows)[:, None] * C + c[None, :]
-        x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, inside, 0.0).to(tl.float32)
-        normed, rstd = _normalise(x, inside, C, eps, BLOCK_C)
+        next_x, next_dy = tl.load(x_ptr + at, inside, 0.0), tl.load(dy_ptr + at, inside, 0.0)
+        if RESIDUAL:
+            next_dsum, next_branch = tl.load(dsum_ptr + at, inside, 0.0), tl.load(branch_ptr + at, inside, 0.0)
+        normed, rstd = _normalise(x, this_inside, C, eps, BLOCK_C)
         dscale += tl.sum(dy * normed, axis=0)
         dshift += tl.sum(dy, axis=0)
         # loaded for every tile, from the cache: kept, they would take the registers that wide rows need
@@ -85,12 +97,11 @@ def backward_kernel(
         mean_gn = tl.sum(g * normed, axis=1) / C
         dx = (g - mean_g[:, None] - normed * mean_gn[:, None]) * rstd[:, None]
         if RESIDUAL:
-            dx += tl.load(dsum_ptr + at, inside, 0.0).to(tl.float32)
-            branch = tl.load(branch_ptr + at, inside, 0.0).to(tl.float32)
+            dx += dsum
             dgate += tl.sum(dx * branch, axis=0)
             gate = tl.load(gate_ptr + image * gate_stride + c, c < C, 0.0).to(tl.float32)
-            tl.store(dbranch_ptr + at, (dx * gate[None, :]).to(dbranch_ptr.dtype.element_ty), inside)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
+            tl.store(dbranch_ptr + this_at, (dx * gate[None, :]).to(dbranch_ptr.dtype.element_ty), this_inside)
+        tl.store(dx_ptr + this_at, dx.to(dx_ptr.dtype.element_ty), this_inside)
     to = (image * tl.num_programs(0) + share).to(tl.int64) * C + c
     tl.store(dscale_ptr + to, dscale, c < C)
     tl.store(dshift_ptr + to, dshift, c < C)

@@ -1,8 +1,11 @@
 // group_norm_silu, channels last: one launch for the statistics, one to apply them.
 //
+// What comes before a norm, a convolution's bias and the addition of a residual, is done in these two passes as well.
+//
 // A thread keeps to one column of the (hw, C) matrix, up to 16 bytes wide, and walks down the rows: loads are whole
 // lines whatever the size of a group. How sums are grouped depends on hw and C alone, so not on the batch.
 #include <algorithm>
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -25,32 +28,63 @@ struct Cut {
     int64_t threads() const { return ceil_div(columns * rows, WARP) * WARP; }
 };
 
-constexpr int64_t STATISTICS_ELEMENTS = 8192, MOST_PARTS = 512;
+constexpr int64_t STATISTICS_ELEMENTS = 8192, MOST_PARTS = 256;
 
 int64_t most_parts(int64_t hw, int64_t C) {
     return std::min(hw, std::clamp<int64_t>(hw * C / STATISTICS_ELEMENTS, 1, MOST_PARTS));
 }
 
+// What is normalised: x + bias + residual, the last two where they are given.
+template <class X>
+struct Input {
+    const X* x;
+    const float* bias;
+    const X* residual;
+
+    __device__ __forceinline__ float operator()(int64_t at, int channel) const {
+        return to_float(x[at]) + (bias != nullptr ? bias[channel] : 0.0f) +
+               (residual != nullptr ? to_float(residual[at]) : 0.0f);
+    }
+};
+
 // Sums of x - pivot and of its square, pivot the image's first element of the group: so the mean, however large,
 // costs the variance no digits. The last block of an image to finish turns the parts' sums into mean and 1 / deviation.
+// Where `sum` is given, x + bias + residual is stored there, and the statistics are of what is stored.
 template <class X, int N>
 __global__ void __launch_bounds__(MOST_COLUMNS)
-statistics_kernel(const X* __restrict__ x, int64_t hw, int C, int groups, int columns, int rows, int64_t part,
-                  float eps, float2* partial, float2* __restrict__ statistics, unsigned* finished) {
+statistics_kernel(Input<X> input, X* __restrict__ stored, int64_t hw, int C, int groups, int columns, int rows,
+                  int64_t part, float eps, float2* partial, float2* __restrict__ statistics, unsigned* finished) {
     float* const sums = reinterpret_cast<float*>(dynamic_shared());  // (rows, 2, C)
     __shared__ bool last;
     const int row = threadIdx.x / columns, channel = threadIdx.x % columns * N, group_size = C / groups;
-    const int64_t image = blockIdx.y, parts = gridDim.x;
-    x += image * hw * C;
+    const int64_t image = blockIdx.y, parts = gridDim.x, first = image * hw * C;
     if (row < rows) {
-        float pivot[N], sum[N] = {}, square[N] = {};
+        float pivot[N], bias[N] = {}, sum[N] = {}, square[N] = {};
+        if (input.bias != nullptr) load(input.bias + channel, bias);
 #pragma unroll
-        for (int i = 0; i < N; ++i) pivot[i] = to_float(x[(channel + i) / group_size * group_size]);
+        for (int i = 0; i < N; ++i) {
+            const int of_group = (channel + i) / group_size * group_size;
+            pivot[i] = input(first + of_group, of_group);
+        }
         const int64_t end = min(part * (blockIdx.x + 1), hw);
 #pragma unroll 4
         for (int64_t at = part * blockIdx.x + row; at < end; at += rows) {
+            const int64_t place = first + at * C + channel;
             float values[N];
-            load(x + at * C + channel, values);
+            load(input.x + place, values);
+#pragma unroll
+            for (int i = 0; i < N; ++i) values[i] += bias[i];
+            if (input.residual != nullptr) {
+                float residuals[N];
+                load(input.residual + place, residuals);
+#pragma unroll
+                for (int i = 0; i < N; ++i) values[i] += residuals[i];
+            }
+            if (stored != nullptr) {
+                store(stored + place, values);
+#pragma unroll
+                for (int i = 0; i < N; ++i) values[i] = to_float(from_float<X>(values[i]));
+            }
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const float value = values[i] - pivot[i];
@@ -88,6 +122,7 @@ statistics_kernel(const X* __restrict__ x, int64_t hw, int C, int groups, int co
     const int lane = threadIdx.x % WARP;
     for (int group = threadIdx.x / WARP; group < groups; group += blockDim.x / WARP) {
         double sum = 0, square = 0;
+#pragma unroll 8
         for (int64_t i = lane; i < parts; i += WARP) {
             const float2 one = __ldcg(&partial[(image * parts + i) * groups + group]);  // not what this L1 may hold
             sum += one.x;
@@ -97,7 +132,7 @@ statistics_kernel(const X* __restrict__ x, int64_t hw, int C, int groups, int co
         const double mean = lanes_sum(sum) / count, variance = lanes_sum(square) / count - mean * mean;
         if (lane == 0)
             statistics[image * groups + group] =
-                make_float2(static_cast<float>(to_float(x[group * group_size]) + mean),
+                make_float2(static_cast<float>(input(first + group * group_size, group * group_size) + mean),
                             static_cast<float>(1 / sqrt(fmax(variance, 0.0) + static_cast<double>(eps))));
     }
     if (threadIdx.x == 0) finished[image] = 0;  // ready for the next call
@@ -105,19 +140,21 @@ statistics_kernel(const X* __restrict__ x, int64_t hw, int C, int groups, int co
 
 template <class X, class Y, int N, bool silu>
 __global__ void __launch_bounds__(MOST_COLUMNS)
-apply_kernel(const X* x, const float* __restrict__ weight, const float* __restrict__ bias,
-             const float2* __restrict__ statistics, int64_t hw, int C, int groups, int columns, int rows, int64_t part,
-             Y* y) {
+apply_kernel(const X* x, const float* __restrict__ added, const float* __restrict__ weight,
+             const float* __restrict__ bias, const float2* __restrict__ statistics, int64_t hw, int C, int groups,
+             int columns, int rows, int64_t part, Y* y) {
     const int row = threadIdx.x / columns, channel = threadIdx.x % columns * N, group_size = C / groups;
     const int64_t image = blockIdx.y;
     if (row >= rows) return;
     float mean[N], factor[N], shift[N];
+    float adds[N] = {};
     load(weight + channel, factor);
     load(bias + channel, shift);
+    if (added != nullptr) load(added + channel, adds);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         const float2 of_group = statistics[image * groups + (channel + i) / group_size];
-        mean[i] = of_group.x;
+        mean[i] = of_group.x - adds[i];
         factor[i] *= of_group.y;
     }
     const int64_t end = min(part * (blockIdx.x + 1), hw);
@@ -141,19 +178,19 @@ struct Scratch {
 };
 
 template <class X, class Y, int N>
-void run(const X* x, const float* weight, const float* bias, int64_t B, int64_t hw, int64_t C, int64_t groups,
-         float eps, bool silu, Y* y, Scratch scratch, void* stream) {
+void run(Input<X> input, X* sum, const float* weight, const float* bias, int64_t B, int64_t hw, int64_t C,
+         int64_t groups, float eps, bool silu, Y* y, Scratch scratch, void* stream) {
     expect(C / N <= MOST_COLUMNS, OP, "at most 512 loads to a row: 4096 channels of 16 bits, 512 where C is odd");
     const Cut cut(hw, C, N, STATISTICS_ELEMENTS, MOST_PARTS);
     launch(OP, &statistics_kernel<X, N>, grid_of(cut.parts, B), cut.threads(), cut.rows * 2 * C * sizeof(float), stream,
-           x, hw, C, groups, cut.columns, cut.rows, cut.part, eps, scratch.partial, scratch.statistics,
+           input, sum, hw, C, groups, cut.columns, cut.rows, cut.part, eps, scratch.partial, scratch.statistics,
            scratch.finished);
     // 8 rows a thread where that leaves enough blocks: reading the parameters costs about three
     const int64_t elements = 8 * 256 * N;
     const Cut pieces(hw, C, N, B * hw * C < 512 * elements ? elements / 4 : elements, 1 << 20);
     launch(OP, silu ? &apply_kernel<X, Y, N, true> : &apply_kernel<X, Y, N, false>, grid_of(pieces.parts, B),
-           pieces.threads(), 0, stream, x, weight, bias, scratch.statistics, hw, C, groups, pieces.columns, pieces.rows,
-           pieces.part, y);
+           pieces.threads(), 0, stream, sum != nullptr ? sum : input.x, sum != nullptr ? nullptr : input.bias, weight,
+           bias, scratch.statistics, hw, C, groups, pieces.columns, pieces.rows, pieces.part, y);
 }
 
 }  // namespace
@@ -163,24 +200,111 @@ int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t 
     return ceil_div(B, 2) * 8 + B * groups * (1 + most_parts(hw, C)) * static_cast<int64_t>(sizeof(float2));
 }
 
-void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
-                     int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, void* scratch,
-                     void* stream) {
+void group_norm_silu(const void* x, Type x_type, const float* x_bias, const void* residual, void* sum,
+                     const float* weight, const float* bias, int64_t B, int64_t hw, int64_t C, int64_t groups, float eps,
+                     bool silu, void* y, Type y_type, void* scratch, void* stream) {
     expect(groups > 0 && C > 0 && C % groups == 0, OP, "C a multiple of groups");
     expect(B <= 65535, OP, "B <= 65535");
+    expect(residual == nullptr || sum != nullptr, OP, "a place for the sum where there is a residual");
+    expect(sum == nullptr || (sum != x && sum != residual), OP, "the sum in a place of its own");
     if (B * hw == 0) return;
     float2* const pairs = static_cast<float2*>(scratch) + ceil_div(B, 2);
     const Scratch parts{pairs + B * groups, pairs, static_cast<unsigned*>(scratch)};
     for_type(x_type, [&](auto x_element) {
         using X = decltype(x_element);
+        const Input<X> input{static_cast<const X*>(x), x_bias, static_cast<const X*>(residual)};
         for_type(y_type, [&](auto y_element) {
             using Y = decltype(y_element);
             const auto with = [&](auto run_n) {
-                run_n(static_cast<const X*>(x), weight, bias, B, hw, C, groups, eps, silu, static_cast<Y*>(y), parts,
+                run_n(input, static_cast<X*>(sum), weight, bias, B, hw, C, groups, eps, silu, static_cast<Y*>(y), parts,
                       stream);
             };
             if (C % per_load<X> == 0) return with(&run<X, Y, per_load<X>>);
             with(&run<X, Y, 1>);
+        });
+    });
+}
+
+namespace {
+
+// ------------------------------------------------------------------------------------- what stands between two norms
+constexpr int PIECE_THREADS = 256;
+
+// y = x + bias + residual, each where it is given; one load's elements a thread.
+template <class T, int N>
+__global__ void __launch_bounds__(PIECE_THREADS)
+add_kernel(const T* __restrict__ x, const float* __restrict__ bias, const T* __restrict__ residual, int64_t pieces,
+           int columns, T* __restrict__ y) {
+    const int64_t piece = int64_t{blockIdx.x} * PIECE_THREADS + threadIdx.x;
+    if (piece >= pieces) return;
+    float values[N], adds[N];
+    load(x + piece * N, values);
+    if (bias != nullptr) {
+        load(bias + piece % columns * N, adds);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] += adds[i];
+    }
+    if (residual != nullptr) {
+        load(residual + piece * N, adds);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] += adds[i];
+    }
+    store(y + piece * N, values);
+}
+
+// Output pixel (2 r + a, 2 s + b) is channels [(2 a + b) C, ... + C) of corner (r + a, s + b).
+template <class T, int N>
+__global__ void __launch_bounds__(PIECE_THREADS)
+weave_kernel(const T* __restrict__ phases, const float* __restrict__ bias, int64_t pieces, int columns, int h, int w,
+             T* __restrict__ y) {
+    const int64_t piece = int64_t{blockIdx.x} * PIECE_THREADS + threadIdx.x;
+    if (piece >= pieces) return;
+    const int column = static_cast<int>(piece % columns);
+    const int64_t pixel = piece / columns;
+    const int x = static_cast<int>(pixel % (2 * w)), row = static_cast<int>(pixel / (2 * w) % (2 * h));
+    const int64_t image = pixel / (2 * w) / (2 * h), corner = (image * (h + 1) + (row + 1) / 2) * (w + 1) + (x + 1) / 2;
+    const int phase = row % 2 * 2 + x % 2;
+    float values[N], adds[N];
+    load(phases + ((corner * 4 + phase) * columns + column) * N, values);
+    load(bias + column * N, adds);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] += adds[i];
+    store(y + piece * N, values);
+}
+
+// f(elements of a load) for channels of which a load takes as many as it can.
+template <class T, class F>
+void for_width(int64_t C, const F& f) {
+    C % per_load<T> == 0 ? f(std::integral_constant<int, per_load<T>>{}) : f(std::integral_constant<int, 1>{});
+}
+
+}  // namespace
+
+void add_bias_residual(const void* x, Type type, const float* bias, const void* residual, int64_t rows, int64_t C,
+                       void* y, void* stream) {
+    if (rows * C == 0) return;
+    for_type(type, [&](auto element) {
+        using T = decltype(element);
+        for_width<T>(C, [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            const int64_t pieces = rows * C / N;
+            launch("add_bias_residual", &add_kernel<T, N>, grid_of(ceil_div(pieces, PIECE_THREADS)), PIECE_THREADS, 0,
+                   stream, static_cast<const T*>(x), bias, static_cast<const T*>(residual), pieces, C / N,
+                   static_cast<T*>(y));
+        });
+    });
+}
+
+void weave_phases(const void* phases, Type type, const float* bias, int64_t B, int64_t h, int64_t w, int64_t C, void* y,
+                  void* stream) {
+    if (B * h * w * C == 0) return;
+    for_type(type, [&](auto element) {
+        using T = decltype(element);
+        for_width<T>(C, [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            const int64_t pieces = B * 4 * h * w * C / N;
+            launch("weave_phases", &weave_kernel<T, N>, grid_of(ceil_div(pieces, PIECE_THREADS)), PIECE_THREADS, 0,
+                   stream, static_cast<const T*>(phases), bias, pieces, C / N, h, w, static_cast<T*>(y));
         });
     });
 }

@@ -47,13 +47,24 @@ void pyramid_update(const int64_t* idx, const float* codes, const float* codeboo
                     const float* phi_bias, float phi_ratio, float* f_hat, int64_t B, int64_t C, int64_t h, int64_t w,
                     int64_t pn, int64_t pn_next, float* next_map, void* stream);
 
-// x (B, hw, C) -> y = GroupNorm(x) weight + bias, then SiLU(y) where `silu`. y may be x where their types are one.
+// s = x + x_bias + residual, (B, hw, C), the last two where they are no nullptr -> y = GroupNorm(s) weight + bias, then
+// SiLU(y) where `silu`. Where `sum` is no nullptr, s is stored there in x's type; a residual needs that, and it may be
+// neither x nor residual. y may be x where their types are one and there is no sum.
 // C / 8 (float32: C / 4) at most 512. scratch: group_norm_silu_scratch_bytes; zero before its first use (each call
 // leaves it ready for the next one with as many images).
-void group_norm_silu(const void* x, Type x_type, const float* weight, const float* bias, int64_t B, int64_t hw,
-                     int64_t C, int64_t groups, float eps, bool silu, void* y, Type y_type, void* scratch,
-                     void* stream);
+void group_norm_silu(const void* x, Type x_type, const float* x_bias, const void* residual, void* sum,
+                     const float* weight, const float* bias, int64_t B, int64_t hw, int64_t C, int64_t groups, float eps,
+                     bool silu, void* y, Type y_type, void* scratch, void* stream);
 int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t groups);
+
+// y (rows, C) = x + bias + residual, each where it is no nullptr.
+void add_bias_residual(const void* x, Type type, const float* bias, const void* residual, int64_t rows, int64_t C,
+                       void* y, void* stream);
+
+// phases (B, h + 1, w + 1, 4, C) -> y (B, 2 h, 2 w, C), plus bias: output pixel (2 r + a, 2 s + b) is phase 2 a + b of
+// corner (r + a, s + b).
+void weave_phases(const void* phases, Type type, const float* bias, int64_t B, int64_t h, int64_t w, int64_t C, void* y,
+                  void* stream);
 
 // tanh-GELU of n elements in place.
 void gelu(void* x, Type type, int64_t n, void* stream);

@@ -200,6 +200,45 @@ def check_group_norm_silu(ops: Operators, dtype, B, hw, C, groups, silu=True, y_
     return y
 
 
+def check_group_norm_silu_of_a_sum(ops: Operators, dtype, B, hw, C, groups, residual, store=True, seed=0):
+    """x + bias (+ residual), stored or not."""
+    g = generator(seed)
+    x, other = torch.randn(2, B, hw, C, generator=g).to(dtype)
+    weight, bias, x_bias = torch.randn(3, C, generator=g)
+    total = x.double() + x_bias.double() + (other.double() if residual else 0)
+    norm = F.group_norm((total.to(dtype).double() if store else total).transpose(1, 2), groups, eps=1e-6).transpose(1, 2)
+    expected = F.silu(norm * weight.double() + bias.double())
+    placed = ops.place(x)
+    stored = ops.empty(B, hw, C, dtype=dtype) if store else None
+    before = (ops.place(x_bias), ops.place(other) if residual else None, stored)
+    y = ops.group_norm_silu(placed, ops.place(weight), ops.place(bias), groups, 1e-6, True, dtype, before=before)
+    if store:
+        assert_close(stored, total, BOUNDS[dtype])
+    # a sum that float32 and float64 round to different neighbours is one unit off in what is normalised
+    assert_close(y, expected, BOUNDS[dtype] * 1.1)
+    assert torch.equal(placed.cpu(), x)
+    return y
+
+
+def check_add_bias_residual(ops: Operators, dtype, N, C, bias, residual, seed=0):
+    g = generator(seed)
+    x, other = torch.randn(2, N, C, generator=g).to(dtype)
+    row = torch.randn(C, generator=g)
+    expected = x.double() + (row.double() if bias else 0) + (other.double() if residual else 0)
+    y = ops.add_bias_residual(ops.place(x), ops.place(row) if bias else None, ops.place(other) if residual else None)
+    assert_close(y, expected, BOUNDS[dtype])
+
+
+def check_weave_phases(ops: Operators, dtype, B, h, w, C, seed=0):
+    g = generator(seed)
+    phases, bias = torch.randn(B, h + 1, w + 1, 4, C, generator=g).to(dtype), torch.randn(C, generator=g)
+    expected = torch.empty(B, 2 * h, 2 * w, C, dtype=torch.float64)
+    for a in range(2):
+        for b in range(2):
+            expected[:, a::2, b::2] = phases[:, a : a + h, b : b + w, 2 * a + b].double()
+    assert_close(ops.weave_phases(ops.place(phases), ops.place(bias)), expected + bias.double(), BOUNDS[dtype])
+
+
 def check_gelu(ops: Operators, dtype, n, seed=0):
     x = (torch.randn(n, generator=generator(seed)) * 4).to(dtype)
     expected = F.gelu(x.double(), approximate="tanh")

@@ -68,13 +68,23 @@ const char* pyramid_update(const int64_t* idx, const float* codes, const float* 
     });
 }
 
-const char* group_norm_silu(const void* x, int64_t x_type, const float* weight, const float* bias, int64_t B,
-                            int64_t hw, int64_t C, int64_t groups, double eps, int64_t silu, void* y, int64_t y_type,
-                            void* scratch) {
+const char* group_norm_silu(const void* x, int64_t x_type, const float* x_bias, const void* residual, void* sum,
+                            const float* weight, const float* bias, int64_t B, int64_t hw, int64_t C, int64_t groups,
+                            double eps, int64_t silu, void* y, int64_t y_type, void* scratch) {
     return message_of([&] {
-        cuda::group_norm_silu(x, Type(x_type), weight, bias, B, hw, C, groups, eps, silu != 0, y, Type(y_type), scratch,
-                              nullptr);
+        cuda::group_norm_silu(x, Type(x_type), x_bias, residual, sum, weight, bias, B, hw, C, groups, eps, silu != 0, y,
+                              Type(y_type), scratch, nullptr);
     });
+}
+
+const char* add_bias_residual(const void* x, int64_t type, const float* bias, const void* residual, int64_t rows,
+                              int64_t C, void* y) {
+    return message_of([&] { cuda::add_bias_residual(x, Type(type), bias, residual, rows, C, y, nullptr); });
+}
+
+const char* weave_phases(const void* phases, int64_t type, const float* bias, int64_t B, int64_t h, int64_t w, int64_t C,
+                         void* y) {
+    return message_of([&] { cuda::weave_phases(phases, Type(type), bias, B, h, w, C, y, nullptr); });
 }
 
 int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t groups) {

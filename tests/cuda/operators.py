@@ -72,19 +72,31 @@ class Operators(ABC):
         self.call("pyramid_update", *given, codebook_VC, *phi, f_hat_BChw, B, C, h, w, pn, pn_next, next_BlC)
         return next_BlC
 
-    def group_norm_silu(self, x_BlC, weight_C, bias_C, groups, eps, silu, y_dtype, scratch=None):
+    def group_norm_silu(self, x_BlC, weight_C, bias_C, groups, eps, silu, y_dtype, scratch=None, before=(None,) * 3):
+        """`before`: x_bias_C, residual_BlC and the tensor that gets the sum."""
         B, l, C = x_BlC.shape
         y_BlC = self.empty(B, l, C, dtype=y_dtype)
         if scratch is None:
             scratch = self.group_norm_silu_scratch(x_BlC, groups)
         sizes = (B, l, C, groups, float(eps), int(silu))
         types = TYPES[x_BlC.dtype], TYPES[y_dtype]
-        self.call("group_norm_silu", x_BlC, types[0], weight_C, bias_C, *sizes, y_BlC, types[1], scratch)
+        self.call("group_norm_silu", x_BlC, types[0], *before, weight_C, bias_C, *sizes, y_BlC, types[1], scratch)
         return y_BlC
 
     def group_norm_silu_scratch(self, x_BlC, groups):
         size = self.size("group_norm_silu_scratch_bytes", *x_BlC.shape, groups)
         return self.place(torch.zeros(size, dtype=torch.int8))
+
+    def add_bias_residual(self, x_NC, bias_C, residual_NC):
+        y_NC = self.empty(*x_NC.shape, dtype=x_NC.dtype)
+        self.call("add_bias_residual", x_NC, TYPES[x_NC.dtype], bias_C, residual_NC, *x_NC.shape, y_NC)
+        return y_NC
+
+    def weave_phases(self, phases_Bhw4C, bias_C):
+        B, h, w, _, C = phases_Bhw4C.shape
+        y_BhwC = self.empty(B, 2 * h - 2, 2 * w - 2, C, dtype=phases_Bhw4C.dtype)
+        self.call("weave_phases", phases_Bhw4C, TYPES[phases_Bhw4C.dtype], bias_C, B, h - 1, w - 1, C, y_BhwC)
+        return y_BhwC
 
     def gelu(self, x):
         """In place."""

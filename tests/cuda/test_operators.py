@@ -8,15 +8,18 @@ from hypothesis import strategies as st
 
 from tests.cuda.checks import (
     DTYPES,
+    check_add_bias_residual,
     check_draw_tokens,
     check_draw_tokens_close_calls,
     check_draw_tokens_not_finite,
     check_gelu,
     check_group_norm_silu,
+    check_group_norm_silu_of_a_sum,
     check_pyramid_update,
     check_qk_norm,
     check_residual_adaln_modulate,
     check_scale_attention,
+    check_weave_phases,
 )
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -221,6 +224,35 @@ def test_group_norm_silu_does_not_depend_on_the_batch(ops):
         return ops.group_norm_silu(ops.place(part), weight, bias, 8, 1e-6, True, torch.float32)
 
     assert torch.equal(run(x)[2:], run(x[2:]))
+
+
+@dtypes
+@pytest.mark.parametrize("C, groups", [(160, 32), (30, 5)])
+@pytest.mark.parametrize("residual, store", [(True, True), (False, True), (False, False)])
+def test_group_norm_silu_of_a_sum(ops, dtype, C, groups, residual, store, every_order):
+    every_order(lambda: bits(check_group_norm_silu_of_a_sum(ops, dtype, 2, 211, C, groups, residual, store)))
+
+
+def test_group_norm_silu_refuses_a_residual_without_a_place_for_the_sum(ops):
+    x, row = ops.place(torch.zeros(1, 2, 32)), ops.place(torch.zeros(32))
+    for sum_, message in ((None, "a place for the sum"), (x, "in a place of its own")):
+        with pytest.raises(RuntimeError, match=f"group_norm_silu: expected .*{message}"):
+            ops.group_norm_silu(x, row, row, 8, 1e-6, True, torch.float32, before=(row, x, sum_))
+
+
+# --------------------------------------------------------------------------------------------------- add_bias_residual
+@dtypes
+@pytest.mark.parametrize("C", [160, 30])
+@pytest.mark.parametrize("bias, residual", [(True, True), (True, False), (False, True)])
+def test_add_bias_residual(ops, dtype, C, bias, residual):
+    check_add_bias_residual(ops, dtype, 37, C, bias, residual)
+
+
+# -------------------------------------------------------------------------------------------------------- weave_phases
+@dtypes
+@pytest.mark.parametrize("C", [32, 30])
+def test_weave_phases(ops, dtype, C):
+    check_weave_phases(ops, dtype, B=2, h=3, w=5, C=C)
 
 
 # ----------------------------------------------------------------------------------------------------------------- gelu

@@ -40,6 +40,9 @@ def cuda_operators() -> None:
         checks.check_scale_attention(ops, dtype, R=1, l=3, H=2, D=128, length=530, capacity=530)
         checks.check_group_norm_silu(ops, dtype, B=2, hw=611, C=160, groups=32)
         checks.check_group_norm_silu(ops, dtype, B=2, hw=37, C=30, groups=5)
+        checks.check_group_norm_silu_of_a_sum(ops, dtype, B=2, hw=611, C=160, groups=32, residual=True)
+        checks.check_add_bias_residual(ops, dtype, 37, 30, bias=True, residual=True)
+        checks.check_weave_phases(ops, dtype, B=2, h=3, w=5, C=32)
         checks.check_gelu(ops, dtype, 4099)
     checks.check_scale_attention(ops, torch.bfloat16, R=18, l=33, H=19, D=32, length=5, capacity=5)
     for kind in ("normal", "ties", "equal", "wide", "outlier", "zeros", "tiny"):

@@ -6,15 +6,18 @@ import torch
 
 from tests.cuda.checks import (
     DTYPES,
+    check_add_bias_residual,
     check_draw_tokens,
     check_draw_tokens_close_calls,
     check_draw_tokens_not_finite,
     check_gelu,
     check_group_norm_silu,
+    check_group_norm_silu_of_a_sum,
     check_pyramid_update,
     check_qk_norm,
     check_residual_adaln_modulate,
     check_scale_attention,
+    check_weave_phases,
 )
 from tests.cuda.device import DeviceOperators
 
@@ -110,6 +113,19 @@ def test_group_norm_silu_with_a_large_mean(ops):
 
 
 @dtypes
+@pytest.mark.parametrize("hw, C", [(256, 640), (65536, 160), (100, 48)])
+@pytest.mark.parametrize("residual, store", [(True, True), (False, False)])
+def test_group_norm_silu_of_a_sum(ops, dtype, hw, C, residual, store):
+    check_group_norm_silu_of_a_sum(ops, dtype, 2, hw, C, 16 if C == 48 else 32, residual, store)
+
+
+@dtypes
+def test_between_two_norms(ops, dtype):
+    check_add_bias_residual(ops, dtype, 65536, 160, bias=True, residual=True)
+    check_weave_phases(ops, dtype, B=2, h=64, w=64, C=160)
+
+
+@dtypes
 @pytest.mark.parametrize("n", [1, 4099, 2**20])
 def test_gelu(ops, dtype, n):
     check_gelu(ops, dtype, n)
@@ -140,7 +156,7 @@ def test_a_graph_captures_them(ops):
     idx = torch.empty(1, 4, dtype=torch.int64, device="cuda")
 
     def run():
-        ops.call("group_norm_silu", x, 0, weight, bias, 2, 64, 160, 32, 1e-6, 1, y, 0, scratch)
+        ops.call("group_norm_silu", x, 0, None, None, None, weight, bias, 2, 64, 160, 32, 1e-6, 1, y, 0, scratch)
         ops.call("draw_tokens", logits, seeds, 0, 1, 4, 4096, 900, 0.96, idx, bad)
 
     run()

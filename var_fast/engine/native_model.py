@@ -105,7 +105,7 @@ class _Packer:
         return self._linear(weight_NK, bias_N, packed=False)
 
     def conv(self, weight: torch.Tensor, bias: torch.Tensor, padding: int):
-        weight, bias = self._cast(weight), self._cast(bias)
+        weight, bias = self._cast(weight), _float(bias) if self.device.type == "cuda" else self._cast(bias)
         if self.dtype != torch.float32:  # a copy anyway, so one in the layout of the maps
             weight = weight.contiguous(memory_format=torch.channels_last)
         if self.packs:
@@ -130,7 +130,11 @@ class _Packer:
                 phases = subpixel_weights(conv.weight.detach().float())
                 yield self._step("upsample", convs=[self.conv(phases, conv.bias.detach().repeat(4), padding=1)])
         yield self._step("norm_silu", norms=[self._norm(decoder.norm_out)])
-        yield self._step("conv", convs=[self._layer(decoder.conv_out)])
+        last = decoder.conv_out
+        weight = last.weight
+        if self.device.type == "cuda":  # cuDNN takes the tensor cores for multiples of 8 channels only
+            weight = nn.functional.pad(weight, (0, 0) * 3 + (0, -len(weight) % 8))
+        yield self._step("conv", convs=[self.conv(weight, last.bias, last.padding[0])])
 
     def _block(self, block: nn.Module) -> Iterator:
         if isinstance(block, ResnetBlock):
