@@ -3,6 +3,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 
+#ifdef VAR_FAST_WITH_CUDA
+#include "cuda/ops_cuda.h"
+#endif
+
 namespace var_fast {
 namespace {
 
@@ -19,6 +23,21 @@ at::Tensor packed_linear(const at::Tensor& x_MK, const Linear& layer) {
     op.callBoxed(stack);
     return stack.back().toTensor();
 }
+
+#ifdef VAR_FAST_WITH_CUDA
+// Few rows: reading the weights is all the work, and the library's kernels take several times as long as that.
+bool is_skinny(const at::Tensor& x_MK, const at::Tensor& y_MN) {
+    return x_MK.scalar_type() != at::kFloat && x_MK.size(0) <= SKINNY_ROWS && x_MK.size(1) % 8 == 0 && y_MN.defined();
+}
+
+void skinny_linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place) {
+    RECORD_USER_SCOPE("op:matrix products");  // see leaf.h
+    cuda::skinny_linear(x_MK.const_data_ptr(), layer.weight_NK.const_data_ptr(), element_type(x_MK),
+                        layer.bias_N.defined() ? layer.bias_N.const_data_ptr() : nullptr, x_MK.size(0),
+                        layer.out_features, x_MK.size(1), gelu, y_MN.mutable_data_ptr(),
+                        y_MN.scalar_type() == at::kFloat, place.stream);
+}
+#endif
 
 const float* float_pointer(const at::Tensor& tensor) {
     return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
@@ -58,6 +77,12 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
         }
         return made_MN;
     }
+#ifdef VAR_FAST_WITH_CUDA
+    if (is_skinny(x_MK, y_MN)) {
+        skinny_linear(x_MK, layer, gelu, y_MN, place);
+        return y_MN;
+    }
+#endif
     at::Tensor out_MN = y_MN;
     const at::Tensor weight_KN = layer.weight_NK.t();
     if (gelu && !is_float && layer.bias_N.defined())
@@ -76,6 +101,9 @@ void linear_float32(const at::Tensor& x_MK, const Linear& layer, const at::Tenso
         linear(x_MK, layer, /*gelu=*/false, y_MN, place);
         return;
     }
+#ifdef VAR_FAST_WITH_CUDA
+    if (is_skinny(x_MK, y_MN)) return skinny_linear(x_MK, layer, /*gelu=*/false, y_MN, place);
+#endif
     at::mm_out(out_MN, x_MK, layer.weight_NK.t(), at::kFloat);  // float32 sums leave cuBLAS unrounded
     if (layer.bias_N.defined()) out_MN.add_(layer.bias_N);
 }

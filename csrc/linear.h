@@ -1,4 +1,5 @@
-// A linear layer where its weights lie: own float32 kernel or oneDNN's packed bfloat16 on a CPU, cuBLASLt on CUDA.
+// A linear layer where its weights lie: own float32 kernel or oneDNN's packed bfloat16 on a CPU, cuBLASLt on
+// CUDA, of a half type and few rows our own kernel.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -25,7 +26,7 @@ struct Linear {
 // tensor of its own is returned.
 at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place);
 
-// As linear, but y is float32 whatever x's type.
+// As linear, but y is float32 whatever x's type; so is the bias.
 void linear_float32(const at::Tensor& x_MK, const Linear& layer, const at::Tensor& y_MN, const Place& place);
 
 at::ScalarType scalar_type(Type type);

@@ -97,21 +97,22 @@ void SamplingRun::modulations(const at::Tensor& label_B) {
     at::Tensor row_M = label_B;
     if (guided_) row_M = at::cat({label_B, at::full({1}, m.class_embedding.size(0) - 1, label_B.options())});
     condition_MC_ = m.class_embedding.index_select(0, row_M);
-    const at::Tensor active_MC = at::silu(condition_MC_);
+    at::Tensor active_MC = at::silu(condition_MC_);
+    if (place_.cuda) active_MC = active_MC.to(scalar_type(m.type));  // as these weights are there
     at::Tensor shared_M6C;
     if (m.shared_modulation.weight_NK.defined()) {
         shared_M6C = at::empty({M_, 6 * m.C}, condition_MC_.options());
-        linear(active_MC, m.shared_modulation, false, shared_M6C, place_);
+        linear_float32(active_MC, m.shared_modulation, shared_M6C, place_);
     }
     for (size_t block = 0; block < m.blocks.size(); ++block) {
         at::Tensor own_M6C = modulation_dM6C_[static_cast<int64_t>(block)];
         if (shared_M6C.defined())
             at::add_out(own_M6C, shared_M6C, m.blocks[block].shared_offset_6C);
         else
-            linear(active_MC, m.blocks[block].modulation, false, own_M6C, place_);
+            linear_float32(active_MC, m.blocks[block].modulation, own_M6C, place_);
     }
     // The head's, scale and shift, follow those of the blocks, so that all rows lie equally far apart.
-    linear(active_MC, m.head_modulation, false, head_modulation_M2C_, place_);
+    linear_float32(active_MC, m.head_modulation, head_modulation_M2C_, place_);
     modulation_dM6C_[-1].narrow(1, 0, 2 * m.C).copy_(head_modulation_M2C_);
 }
 

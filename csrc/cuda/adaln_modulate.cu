@@ -13,10 +13,11 @@ constexpr int MOST_THREADS = 576;  // 8 channels each
 // A block takes `rows` rows of one image in turn, and reads the image's parameters once.
 template <class Branch, bool has_branch, class Y>
 __global__ void __launch_bounds__(MOST_THREADS)
-adaln_kernel(float* __restrict__ x, const Branch* __restrict__ branch, const float* __restrict__ gate,
-             const float* __restrict__ scale, const float* __restrict__ shift, int64_t stride, int M, int L, int C,
-             int rows, float eps, Y* __restrict__ y) {
+adaln_kernel(float* x, const Branch* branch, const float* gate, const float* scale, const float* shift, int64_t stride,
+             int M, int L, int C, int rows, float eps, Y* y) {
     __shared__ float sums[WARP], squares[WARP];
+    let_next_start();
+    wait_for_previous();
     const int image = blockIdx.y, half = C / 2, channel = threadIdx.x * 4;
     const bool active = channel < half;
     const int64_t parameters = (image < M ? image : M - 1) * stride + channel;
@@ -85,8 +86,8 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
     for_type(y_type, [&](auto y_element) {
         using Y = decltype(y_element);
         const auto run = [&](auto kernel, auto* typed_branch) {
-            launch(OP, kernel, grid_of(ceil_div(L, rows), R), threads, 0, stream, x, typed_branch, gate, scale, shift,
-                   stride, M, L, C, rows, eps, static_cast<Y*>(y));
+            launch_dependent(OP, kernel, grid_of(ceil_div(L, rows), R), threads, 0, stream, x, typed_branch, gate, scale,
+                             shift, stride, M, L, C, rows, eps, static_cast<Y*>(y));
         };
         if (branch == nullptr) return run(&adaln_kernel<float, false, Y>, static_cast<const float*>(nullptr));
         for_type(branch_type, [&](auto branch_element) {

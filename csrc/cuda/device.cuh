@@ -88,6 +88,12 @@ __device__ __forceinline__ T block_sum(T x, T* slots) {
     return lanes_sum(lane < warps ? slots[lane] : T{0});
 }
 
+// tanh-GELU: 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u)).
+__device__ __forceinline__ float gelu_of(float x) {
+    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return __fdividef(x, 1.0f + __expf(-2.0f * u));
+}
+
 #ifndef VAR_FAST_ON_HOST
 // Shared memory whose size the launch gives.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -108,6 +114,46 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t th
     kernel<<<grid, static_cast<unsigned>(threads), shared, static_cast<cudaStream_t>(stream)>>>(
         static_cast<Parameters>(arguments)...);
     check(cudaGetLastError(), op);
+}
+
+// In a kernel of `launch_dependent`: the next such kernel may be started now, to get as far as its own wait ...
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ... and here all that earlier kernels write is there. Before it only what no kernel writes may be read, and nothing
+// written; what may have been written is read through pointers that are no __restrict__, or the compiler may move the
+// reads up.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// As `launch`, for kernels whose threads all call `wait_for_previous`: on GPUs that can (from 9.0 on), the kernel is
+// started while the one before it ends.
+template <class... Parameters, class... Arguments>
+void launch_dependent(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared,
+                      void* stream, Arguments... arguments) {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), op);
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
+    if (major < 9) return launch(op, kernel, grid, threads, shared, stream, arguments...);
+    if (shared > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
 }
 #endif
 

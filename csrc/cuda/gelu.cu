@@ -4,16 +4,12 @@
 namespace var_fast::cuda {
 namespace {
 
-// 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u)).
-__device__ __forceinline__ float gelu_of(float x) {
-    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return __fdividef(x, 1.0f + __expf(-2.0f * u));
-}
-
 template <class T>
 __global__ void __launch_bounds__(256)
 gelu_kernel(T* x, int64_t n) {
     constexpr int N = per_load<T>;
+    let_next_start();
+    wait_for_previous();
     const int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * N;
     if (at + N <= n) {
         float values[N];
@@ -33,7 +29,7 @@ void gelu(void* x, Type type, int64_t n, void* stream) {
     for_type(type, [&](auto element) {
         using T = decltype(element);
         const int64_t threads = ceil_div(n, per_load<T>);
-        launch("gelu", &gelu_kernel<T>, grid_of(ceil_div(threads, 256)), 256, 0, stream, static_cast<T*>(x), n);
+        launch_dependent("gelu", &gelu_kernel<T>, grid_of(ceil_div(threads, 256)), 256, 0, stream, static_cast<T*>(x), n);
     });
 }
 

@@ -57,6 +57,13 @@ void group_norm_silu(const void* x, Type x_type, const float* x_bias, const void
                      bool silu, void* y, Type y_type, void* scratch, void* stream);
 int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t groups);
 
+// y (M, N) = x (M, K) weight (N, K)^T + bias (nullptr: none), then tanh-GELU where `gelu`; bfloat16 or float16, summed in
+// float32. y and bias are of the same type, or float32 where `float_out`. M up to SKINNY_ROWS, K a multiple of 8.
+// A row's result does not depend on M.
+constexpr int64_t SKINNY_ROWS = 128;
+void skinny_linear(const void* x, const void* weight, Type type, const void* bias, int64_t M, int64_t N, int64_t K,
+                   bool gelu, void* y, bool float_out, void* stream);
+
 // y (rows, C) = x + bias + residual, each where it is no nullptr.
 void add_bias_residual(const void* x, Type type, const float* bias, const void* residual, int64_t rows, int64_t C,
                        void* y, void* stream);

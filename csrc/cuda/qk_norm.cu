@@ -17,10 +17,11 @@ __device__ __forceinline__ float square_sum(const float (&x)[N]) {
 // LANES lanes share one head of one token, 16 bytes of q, k and v each.
 template <class T, int LANES>
 __global__ void __launch_bounds__(256)
-qk_norm_kernel(const T* __restrict__ qkv, const float* __restrict__ scale_H, float softmax_scale, int S, int64_t R,
-               int64_t l, int H, int D, T* __restrict__ q, T* __restrict__ k_cache, T* __restrict__ v_cache,
-               int64_t begin, int64_t capacity) {
+qk_norm_kernel(const T* qkv, const float* scale_H, float softmax_scale, int S, int64_t R, int64_t l, int H, int D, T* q,
+               T* k_cache, T* v_cache, int64_t begin, int64_t capacity) {
     constexpr int N = per_load<T>;
+    let_next_start();
+    wait_for_previous();
     const int64_t item = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / LANES;  // (image, token, head)
     const int d = threadIdx.x % LANES * N;
     const int64_t head = item % H, token = item / H % l, image = item / H / l;
@@ -64,9 +65,9 @@ void qk_norm(const void* qkv, Type type, const float* scale_H, float softmax_sca
     for_type(type, [&](auto element) {
         using T = decltype(element);
         const auto run = [&](auto kernel, int64_t lanes) {
-            launch(OP, kernel, grid_of(ceil_div(R * l * H * lanes, 256)), 256, 0, stream, static_cast<const T*>(qkv),
-                   scale_H, softmax_scale, S, R, l, H, D, static_cast<T*>(q), static_cast<T*>(k_cache),
-                   static_cast<T*>(v_cache), begin, capacity);
+            launch_dependent(OP, kernel, grid_of(ceil_div(R * l * H * lanes, 256)), 256, 0, stream,
+                             static_cast<const T*>(qkv), scale_H, softmax_scale, S, R, l, H, D, static_cast<T*>(q),
+                             static_cast<T*>(k_cache), static_cast<T*>(v_cache), begin, capacity);
         };
         const int64_t lanes = ceil_div(D, per_load<T>);
         if (lanes <= 4) return run(&qk_norm_kernel<T, 4>, 4);

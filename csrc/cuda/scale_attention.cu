@@ -171,9 +171,11 @@ struct Tile {
 // Warp w takes query tile w % tiles of the block's and steps w / tiles, + 4, + 8 ... of the split's keys.
 template <class T, int D>
 __global__ void __launch_bounds__(2 * KEY_WARPS * WARP)
-attention_mma(const T* __restrict__ q, const T* __restrict__ k_cache, const T* __restrict__ v_cache, int l, int H,
-              int length, int64_t capacity, int tiles, int splits, Partial partial, T* __restrict__ out) {
+attention_mma(const T* q, const T* k_cache, const T* v_cache, int l, int H, int length, int64_t capacity, int tiles,
+              int splits, Partial partial, T* out) {
     using State = Tile<T, D>;
+    let_next_start();
+    wait_for_previous();
     constexpr int WIDTH = State::WIDTH;
     float* const slots = reinterpret_cast<float*>(dynamic_shared());
     const int lane = threadIdx.x % WARP, g = lane / 4, j = lane % 4;
@@ -335,7 +337,9 @@ attention_f32(const float* __restrict__ q, const float* __restrict__ k_cache, co
 // One warp per query and head.
 template <class T>
 __global__ void __launch_bounds__(128)
-join_splits(Partial partial, int64_t rows, int l, int H, int D, int splits, T* __restrict__ out) {
+join_splits(Partial partial, int64_t rows, int l, int H, int D, int splits, T* out) {
+    let_next_start();
+    wait_for_previous();
     const int64_t item = int64_t{blockIdx.x} * 4 + threadIdx.x / WARP;  // (image, head, query)
     if (item >= rows) return;
     const int lane = threadIdx.x % WARP;
@@ -373,13 +377,13 @@ void run(const T* q, const T* k_cache, const T* v_cache, const Shape& s, Partial
         // two query tiles share a block's reads of K and V, unless that leaves multiprocessors idle
         const int64_t tiles = query_tiles > 1 && heads * query_tiles * s.splits >= 1024 ? 2 : 1;
         const int64_t shared = tiles * 2 * Tile<T, D>::STATE * WARP * sizeof(float);
-        launch(OP, &attention_mma<T, D>, grid_of(heads, ceil_div(query_tiles, tiles), s.splits),
-               tiles * KEY_WARPS * WARP, shared, stream, q, k_cache, v_cache, s.l, s.H, s.length, s.capacity, tiles,
-               s.splits, partial, out);
+        launch_dependent(OP, &attention_mma<T, D>, grid_of(heads, ceil_div(query_tiles, tiles), s.splits),
+                         tiles * KEY_WARPS * WARP, shared, stream, q, k_cache, v_cache, s.l, s.H, s.length, s.capacity,
+                         tiles, s.splits, partial, out);
     }
     if (s.splits > 1)
-        launch(OP, &join_splits<T>, grid_of(ceil_div(heads * s.l, 4)), 128, 0, stream, partial, heads * s.l, s.l, s.H,
-               s.D, s.splits, out);
+        launch_dependent(OP, &join_splits<T>, grid_of(ceil_div(heads * s.l, 4)), 128, 0, stream, partial, heads * s.l,
+                         s.l, s.H, s.D, s.splits, out);
 }
 
 int64_t splits_of(int64_t length) { return ceil_div(length, SPLIT); }

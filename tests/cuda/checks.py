@@ -239,6 +239,19 @@ def check_weave_phases(ops: Operators, dtype, B, h, w, C, seed=0):
     assert_close(ops.weave_phases(ops.place(phases), ops.place(bias)), expected + bias.double(), BOUNDS[dtype])
 
 
+def check_skinny_linear(ops: Operators, dtype, M, N, K, gelu=False, bias=True, float_out=False, seed=0):
+    g = generator(seed)
+    x, weight = torch.randn(M, K, generator=g).to(dtype), (torch.randn(N, K, generator=g) * K**-0.5).to(dtype)
+    y_dtype = torch.float32 if float_out else dtype
+    row = torch.randn(N, generator=g).to(y_dtype) if bias else None
+    expected = F.linear(x.double(), weight.double(), row.double() if bias else None)
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    y = ops.skinny_linear(ops.place(x), ops.place(weight), ops.place(row) if bias else None, gelu, y_dtype)
+    assert_close(y, expected, BOUNDS[y_dtype])
+    return y
+
+
 def check_gelu(ops: Operators, dtype, n, seed=0):
     x = (torch.randn(n, generator=generator(seed)) * 4).to(dtype)
     expected = F.gelu(x.double(), approximate="tanh")

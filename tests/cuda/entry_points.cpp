@@ -68,6 +68,13 @@ const char* pyramid_update(const int64_t* idx, const float* codes, const float* 
     });
 }
 
+const char* skinny_linear(const void* x, const void* weight, int64_t type, const void* bias, int64_t M, int64_t N,
+                          int64_t K, int64_t gelu, void* y, int64_t float_out) {
+    return message_of([&] {
+        cuda::skinny_linear(x, weight, Type(type), bias, M, N, K, gelu != 0, y, float_out != 0, nullptr);
+    });
+}
+
 const char* group_norm_silu(const void* x, int64_t x_type, const float* x_bias, const void* residual, void* sum,
                             const float* weight, const float* bias, int64_t B, int64_t hw, int64_t C, int64_t groups,
                             double eps, int64_t silu, void* y, int64_t y_type, void* scratch) {

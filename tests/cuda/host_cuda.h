@@ -182,6 +182,15 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t th
     host_cuda::run(op, [&] { kernel(static_cast<Parameters>(arguments)...); }, grid, threads, shared);
 }
 
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
+template <class... Parameters, class... Arguments>
+void launch_dependent(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared,
+                      void* stream, Arguments... arguments) {
+    launch(op, kernel, grid, threads, shared, stream, arguments...);
+}
+
 template <class T>
 float value_of(uint32_t word, int half) {
     T x;

@@ -87,6 +87,13 @@ class Operators(ABC):
         size = self.size("group_norm_silu_scratch_bytes", *x_BlC.shape, groups)
         return self.place(torch.zeros(size, dtype=torch.int8))
 
+    def skinny_linear(self, x_MK, weight_NK, bias_N, gelu, y_dtype):
+        (M, K), N = x_MK.shape, len(weight_NK)
+        y_MN = self.empty(M, N, dtype=y_dtype)
+        ends = (M, N, K, int(gelu), y_MN, int(y_dtype == torch.float32))
+        self.call("skinny_linear", x_MK, weight_NK, TYPES[x_MK.dtype], bias_N, *ends)
+        return y_MN
+
     def add_bias_residual(self, x_NC, bias_C, residual_NC):
         y_NC = self.empty(*x_NC.shape, dtype=x_NC.dtype)
         self.call("add_bias_residual", x_NC, TYPES[x_NC.dtype], bias_C, residual_NC, *x_NC.shape, y_NC)

@@ -19,6 +19,7 @@ from tests.cuda.checks import (
     check_qk_norm,
     check_residual_adaln_modulate,
     check_scale_attention,
+    check_skinny_linear,
     check_weave_phases,
 )
 
@@ -238,6 +239,43 @@ def test_group_norm_silu_refuses_a_residual_without_a_place_for_the_sum(ops):
     for sum_, message in ((None, "a place for the sum"), (x, "in a place of its own")):
         with pytest.raises(RuntimeError, match=f"group_norm_silu: expected .*{message}"):
             ops.group_norm_silu(x, row, row, 8, 1e-6, True, torch.float32, before=(row, x, sum_))
+
+
+# ------------------------------------------------------------------------------------------------------- skinny_linear
+halves = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@halves
+@given(
+    M=st.integers(1, 128),
+    N=st.integers(1, 40),
+    K=st.integers(1, 40).map(lambda n: 8 * n),
+    gelu=st.booleans(),
+    bias=st.booleans(),
+    float_out=st.booleans(),
+    seed=seeds,
+)
+@few(20)
+def test_skinny_linear(ops, dtype, M, N, K, gelu, bias, float_out, seed):
+    check_skinny_linear(ops, dtype, M, N, K, gelu, bias, float_out, seed)
+
+
+def test_skinny_linear_of_a_deep_layer(ops, every_order):
+    every_order(lambda: bits(check_skinny_linear(ops, torch.bfloat16, M=3, N=16, K=8 * 640)))
+
+
+def test_a_row_of_skinny_linear_does_not_depend_on_the_others(ops):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(90, 512, generator=g).bfloat16(), ops.place(torch.randn(16, 512, generator=g).bfloat16())
+    together = ops.skinny_linear(ops.place(x), weight, None, False, torch.float32)
+    assert torch.equal(ops.skinny_linear(ops.place(x[60:61]), weight, None, False, torch.float32), together[60:61])
+
+
+@pytest.mark.parametrize("M, K, dtype, message", [(129, 8, torch.bfloat16, "128 rows"), (1, 12, torch.float16, "K a mul")])
+def test_skinny_linear_refuses(ops, M, K, dtype, message):
+    x, weight = ops.place(torch.zeros(M, K, dtype=dtype)), ops.place(torch.zeros(16, K, dtype=dtype))
+    with pytest.raises(RuntimeError, match=f"skinny_linear: expected .*{message}"):
+        ops.skinny_linear(x, weight, None, False, dtype)
 
 
 # --------------------------------------------------------------------------------------------------- add_bias_residual

@@ -17,6 +17,7 @@ from tests.cuda.checks import (
     check_qk_norm,
     check_residual_adaln_modulate,
     check_scale_attention,
+    check_skinny_linear,
     check_weave_phases,
 )
 from tests.cuda.device import DeviceOperators
@@ -123,6 +124,14 @@ def test_group_norm_silu_of_a_sum(ops, dtype, hw, C, residual, store):
 def test_between_two_norms(ops, dtype):
     check_add_bias_residual(ops, dtype, 65536, 160, bias=True, residual=True)
     check_weave_phases(ops, dtype, B=2, h=64, w=64, C=160)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("M", [1, 2, 8, 18, 32, 50, 72, 128])
+@pytest.mark.parametrize("N, K", [(3072, 1024), (1024, 4096), (1920, 1920), (4096, 2304), (100, 264)])
+def test_skinny_linear(ops, dtype, M, N, K):
+    check_skinny_linear(ops, dtype, M, N, K, gelu=True)
+    check_skinny_linear(ops, dtype, M, N, K, bias=False, float_out=True)
 
 
 @dtypes

@@ -20,7 +20,7 @@ def native_model(var: VAR, dtype: torch.dtype):
     """A `_C.Model` that computes in `dtype` (float32, bfloat16, float16) on the model's device.
 
     float32 weights are shared with `var`, not copied. Of half types there is one copy of what enters the large products
-    (blocks, decoder), and on CUDA of the head; the rest stays in float32 and shared.
+    (blocks, decoder), and on CUDA of the head and the modulations; the rest stays in float32 and shared.
     """
     from var_fast import _C
 
@@ -40,18 +40,18 @@ def native_model(var: VAR, dtype: torch.dtype):
         model.start_1lC = _float(var.pos_start) + model.position_1LC[:, : var.first_l]
         model.codebook_VC = _float(quantize.embedding.weight)
         model.word_embedding = packer.float_linear(var.word_embed)
-        model.head_modulation = packer.float_linear(var.head_nm.ada_lin[-1])
-        model.head = packer.head(var.head)
+        model.head_modulation = packer.float_out(var.head_nm.ada_lin[-1])
+        model.head = packer.float_out(var.head)
         shared = var.blocks[0].shared_aln
         if shared:
-            model.shared_modulation = packer.float_linear(var.shared_ada_lin[-1])
+            model.shared_modulation = packer.float_out(var.shared_ada_lin[-1])
         blocks = []
         for block in var.blocks:
             weights = _C.BlockWeights()
             if shared:
                 weights.shared_offset_6C = _float(block.ada_gss).reshape(-1)
             else:
-                weights.modulation = packer.float_linear(block.ada_lin[-1])
+                weights.modulation = packer.float_out(block.ada_lin[-1])
             attn = block.attn
             bias = torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
             weights.qkv = packer.linear(attn.mat_qkv.weight, bias)
@@ -91,10 +91,11 @@ class _Packer:
     def float_linear(self, layer: nn.Linear):
         return self._linear(_float(layer.weight), _float(layer.bias), packed=False)
 
-    def head(self, layer: nn.Linear):
+    def float_out(self, layer: nn.Linear):
+        """With results in float32. On CUDA the product takes the half type, but is summed in float32; on a CPU it is
+        all float32."""
         if self.device.type == "cpu":
             return self.float_linear(layer)
-        # the product is summed in float32, and so is the bias
         return self._linear(self._cast(layer.weight), _float(layer.bias), packed=False)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor):
