@@ -27,7 +27,7 @@ at::Tensor packed_linear(const at::Tensor& x_MK, const Linear& layer) {
 #ifdef VAR_FAST_WITH_CUDA
 // Few rows: reading the weights is all the work, and the library's kernels take several times as long as that.
 bool is_skinny(const at::Tensor& x_MK, const at::Tensor& y_MN) {
-    return x_MK.scalar_type() != at::kFloat && x_MK.size(0) <= SKINNY_ROWS && x_MK.size(1) % 8 == 0 && y_MN.defined();
+    return x_MK.scalar_type() != at::kFloat && x_MK.size(0) <= cuda::SKINNY_ROWS && x_MK.size(1) % 8 == 0 && y_MN.defined();
 }
 
 void skinny_linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place) {

@@ -60,7 +60,7 @@ int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t 
 // y (M, N) = x (M, K) weight (N, K)^T + bias (nullptr: none), then tanh-GELU where `gelu`; bfloat16 or float16, summed in
 // float32. y and bias are of the same type, or float32 where `float_out`. M up to SKINNY_ROWS, K a multiple of 8.
 // A row's result does not depend on M.
-constexpr int64_t SKINNY_ROWS = 128;
+constexpr int64_t SKINNY_ROWS = 96;
 void skinny_linear(const void* x, const void* weight, Type type, const void* bias, int64_t M, int64_t N, int64_t K,
                    bool gelu, void* y, bool float_out, void* stream);
 

@@ -36,20 +36,21 @@ __device__ __forceinline__ uint4 words_at(const T* from, bool inside) {
 template <class T, int TILES>
 __global__ void __launch_bounds__(MOST_WARPS * WARP)
 skinny_kernel(const T* x, const T* weight, Shape s, Ends ends) {
-    constexpr int GROUP = TILES <= 8 ? 4 : 2;  // steps whose weights are loaded together
+    constexpr int GROUP = TILES <= 4 ? 4 : TILES <= 8 ? 2 : 1;  // steps whose weights are loaded together
     float* const parts = reinterpret_cast<float*>(dynamic_shared());  // (warps, 8 TILES, STRIDE)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int g = lane / 4, j = lane % 4, first_output = blockIdx.x * OUTPUTS;
     const bool has_low = first_output + g < s.N, has_high = first_output + g + 8 < s.N;
-    const T* const low = weight + int64_t{first_output + g} * s.K;
-    const T* const high = low + int64_t{8} * s.K;
+    const T* const low = weight + int64_t{first_output + g} * s.K + 8 * j;
+    const T* const high = low + 8 * s.K;
+    const T* const rows = x + g * s.K + 8 * j;
     uint4 coming[GROUP][2];
     const auto load_weights = [&](int step) {
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-            const int k = (step + i * warps) * STEP + 8 * j;
-            coming[i][0] = words_at(low + k, has_low && k < s.K);
-            coming[i][1] = words_at(high + k, has_high && k < s.K);
+            const int k = (step + i * warps) * STEP;
+            coming[i][0] = words_at(low + k, has_low && k + 8 * j < s.K);
+            coming[i][1] = words_at(high + k, has_high && k + 8 * j < s.K);
         }
     };
     let_next_start();
@@ -65,13 +66,12 @@ skinny_kernel(const T* x, const T* weight, Shape s, Ends ends) {
         if (step + GROUP * warps < steps) load_weights(step + GROUP * warps);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-            const int k = (step + i * warps) * STEP + 8 * j;
+            const int k = (step + i * warps) * STEP;
             const uint32_t first[4] = {here[i][0].x, here[i][1].x, here[i][0].y, here[i][1].y};
             const uint32_t second[4] = {here[i][0].z, here[i][1].z, here[i][0].w, here[i][1].w};
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const int row = 8 * t + g;
-                const uint4 word = words_at(x + int64_t{row} * s.K + k, row < s.M && k < s.K);
+                const uint4 word = words_at(rows + (8 * t * s.K + k), 8 * t + g < s.M && k + 8 * j < s.K);
                 mma_16x8x16<T>(sums[t], first, word.x, word.y);
                 mma_16x8x16<T>(sums[t], second, word.z, word.w);
             }
@@ -106,7 +106,7 @@ skinny_kernel(const T* x, const T* weight, Shape s, Ends ends) {
 void skinny_linear(const void* x, const void* weight, Type type, const void* bias, int64_t M, int64_t N, int64_t K,
                    bool gelu, void* y, bool float_out, void* stream) {
     expect(type != Type::f32, OP, "bfloat16 or float16");
-    expect(M <= SKINNY_ROWS && K > 0 && K % 8 == 0, OP, "at most 128 rows and K a multiple of 8");
+    expect(M <= SKINNY_ROWS && K > 0 && K % 8 == 0, OP, "at most 96 rows and K a multiple of 8");
     if (M * N == 0) return;
     const Shape shape{static_cast<int>(M), static_cast<int>(N), static_cast<int>(K)};
     const Ends ends{bias, y, float_out, gelu};
@@ -128,8 +128,7 @@ void skinny_linear(const void* x, const void* weight, Type type, const void* bia
         if (tiles <= 6) return run(rows, &skinny_kernel<T, 6>, 6);
         if (tiles <= 8) return run(rows, &skinny_kernel<T, 8>, 8);
         if (tiles <= 9) return run(rows, &skinny_kernel<T, 9>, 9);
-        if (tiles <= 12) return run(rows, &skinny_kernel<T, 12>, 12);
-        run(rows, &skinny_kernel<T, 16>, 16);
+        run(rows, &skinny_kernel<T, 12>, 12);
     };
     type == Type::bf16 ? with(__nv_bfloat16{}) : with(__half{});
 }
