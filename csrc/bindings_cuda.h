@@ -67,6 +67,10 @@ inline void bind_cuda(pybind11::module_& m) {
                                   Address stream) {
         cuda::weave_phases(At{phases}, Type(type), At{bias}, B, h, w, C, At{y}, At{stream});
     });
+    m.def("cuda_image_of_taps", [](Address taps, Address bias, Size B, Size h, Size w, Size stride, Address image,
+                                   Address stream) {
+        cuda::image_of_taps(At{taps}, At{bias}, B, h, w, stride, At{image}, At{stream});
+    });
     m.def("cuda_skinny_linear", [](Address x, Address weight, int type, Address bias, Size M, Size N, Size K, bool gelu,
                                    Address y, bool float_out, Address stream) {
         cuda::skinny_linear(At{x}, At{weight}, Type(type), At{bias}, M, N, K, gelu, At{y}, float_out, At{stream});

@@ -73,6 +73,7 @@ public:
                 case DecoderStep::Kind::attention: attend(x, step); break;
                 case DecoderStep::Kind::upsample: x = upsample(x, step.convs[0]); break;
                 case DecoderStep::Kind::norm_silu: x = norm(x, step.norms[0], true); break;
+                case DecoderStep::Kind::image: TORCH_CHECK(false, "a step of the decoder on CUDA");
             }
         }
         return x;

@@ -24,11 +24,12 @@ struct Conv {
 
 // One step of the decoder, in the order in which they run; what a kind does not use is empty.
 struct DecoderStep {
-    enum class Kind { conv, residual, attention, upsample, norm_silu };
+    enum class Kind { conv, residual, attention, upsample, norm_silu, image };
     Kind kind = Kind::conv;
     std::vector<Norm> norms;
     std::vector<Conv> convs;      // conv: 1; residual: 2, or 3 with a shortcut; upsample: its four phases as one
-    std::vector<Linear> linears;  // attention: qkv, proj
+    std::vector<Linear> linears;  // attention: qkv, proj; image (on CUDA, the last): the taps (32, C) of a 3x3 convolution
+                                  // to 3 channels, its bias
 };
 
 struct Decoder {

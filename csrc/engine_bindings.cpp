@@ -74,7 +74,8 @@ void bind_engine(py::module_& m) {
         .value("residual", DecoderStep::Kind::residual)
         .value("attention", DecoderStep::Kind::attention)
         .value("upsample", DecoderStep::Kind::upsample)
-        .value("norm_silu", DecoderStep::Kind::norm_silu);
+        .value("norm_silu", DecoderStep::Kind::norm_silu)
+        .value("image", DecoderStep::Kind::image);
     step.def(py::init([](DecoderStep::Kind kind, std::vector<Norm> norms, std::vector<Conv> convs,
                          std::vector<Linear> linears) {
                  return DecoderStep{kind, std::move(norms), std::move(convs), std::move(linears)};

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from var_fast.kernels.configuration import Configuration
 
-TILE = 4096
-"""Elements of x that a program holds at a time: enough bytes in flight for the memory, few enough registers."""
+TILE = 1024
+"""Elements of x that a program holds at a time, if a row is no longer: many small programs keep the memory busy."""
 SHARES = 528
 """Programs of a backward launch, about: four for each multiprocessor of an H100 or H200."""
 
@@ -30,16 +30,22 @@ def _normalise(x, inside, C, eps, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _tile(image, begin, end, L, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where rows [begin, begin + ROWS) of an image are, and which elements are there, before row `end`."""
+    rows = begin + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_C)
+    return (image.to(tl.int64) * L + rows)[:, None] * C + c[None, :], (rows < end)[:, None] & (c < C)[None, :]
+
+
+@triton.jit
 def forward_kernel(
     x_ptr, branch_ptr, gate_ptr, scale_ptr, shift_ptr, sum_ptr, y_ptr,
     L, C, gate_stride, scale_stride, shift_stride, eps,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)
-    inside = (rows < L)[:, None] & (c < C)[None, :]
-    at = (image.to(tl.int64) * L + rows)[:, None] * C + c[None, :]
+    at, inside = _tile(image, tl.program_id(0) * ROWS, L, L, C, ROWS, BLOCK_C)
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     if RESIDUAL:
         gate = tl.load(gate_ptr + image * gate_stride + c, c < C, 0.0).to(tl.float32)
@@ -59,7 +65,7 @@ def backward_kernel(
     dy_ptr, dsum_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr,
     dx_ptr, dbranch_ptr, dgate_ptr, dscale_ptr, dshift_ptr,
     L, C, gate_stride, scale_stride, eps, rows_per_share,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     share, image = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, BLOCK_C)
@@ -69,24 +75,25 @@ def backward_kernel(
         dgate = tl.zeros([BLOCK_C], tl.float32)
     first = share * rows_per_share
     end = tl.minimum(first + rows_per_share, L)
-    rows = first + tl.arange(0, ROWS)
-    inside = (rows < end)[:, None] & (c < C)[None, :]
-    at = (image.to(tl.int64) * L + rows)[:, None] * C + c[None, :]
-    next_x, next_dy = tl.load(x_ptr + at, inside, 0.0), tl.load(dy_ptr + at, inside, 0.0)
-    if RESIDUAL:
-        next_dsum, next_branch = tl.load(dsum_ptr + at, inside, 0.0), tl.load(branch_ptr + at, inside, 0.0)
-    for begin in range(first, end, ROWS):
-        x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
-        if RESIDUAL:
-            dsum, branch = next_dsum.to(tl.float32), next_branch.to(tl.float32)
-        this_at, this_inside = at, inside
-        # the next tile is on its way while this one is reduced
-        rows = begin + ROWS + tl.arange(0, ROWS)
-        inside = (rows < end)[:, None] & (c < C)[None, :]
-        at = (image.to(tl.int64) * L + rows)[:, None] * C + c[None, :]
+    if AHEAD:
+        at, inside = _tile(image, first, end, L, C, ROWS, BLOCK_C)
         next_x, next_dy = tl.load(x_ptr + at, inside, 0.0), tl.load(dy_ptr + at, inside, 0.0)
         if RESIDUAL:
             next_dsum, next_branch = tl.load(dsum_ptr + at, inside, 0.0), tl.load(branch_ptr + at, inside, 0.0)
+    for begin in range(first, end, ROWS):
+        this_at, this_inside = _tile(image, begin, end, L, C, ROWS, BLOCK_C)
+        if AHEAD:
+            x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
+            if RESIDUAL:
+                dsum, branch = next_dsum.to(tl.float32), next_branch.to(tl.float32)
+            # the next tile is on its way while this one is reduced
+            at, inside = _tile(image, begin + ROWS, end, L, C, ROWS, BLOCK_C)
+            next_x, next_dy = tl.load(x_ptr + at, inside, 0.0), tl.load(dy_ptr + at, inside, 0.0)
+            if RESIDUAL:
+                next_dsum, next_branch = tl.load(dsum_ptr + at, inside, 0.0), tl.load(branch_ptr + at, inside, 0.0)
+        else:
+            x = tl.load(x_ptr + this_at, this_inside, 0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + this_at, this_inside, 0.0).to(tl.float32)
         normed, rstd = _normalise(x, this_inside, C, eps, BLOCK_C)
         dscale += tl.sum(dy * normed, axis=0)
         dshift += tl.sum(dy, axis=0)
@@ -97,6 +104,9 @@ def backward_kernel(
         mean_gn = tl.sum(g * normed, axis=1) / C
         dx = (g - mean_g[:, None] - normed * mean_gn[:, None]) * rstd[:, None]
         if RESIDUAL:
+            if not AHEAD:
+                dsum = tl.load(dsum_ptr + this_at, this_inside, 0.0).to(tl.float32)
+                branch = tl.load(branch_ptr + this_at, this_inside, 0.0).to(tl.float32)
             dx += dsum
             dgate += tl.sum(dx * branch, axis=0)
             gate = tl.load(gate_ptr + image * gate_stride + c, c < C, 0.0).to(tl.float32)
@@ -110,10 +120,16 @@ def backward_kernel(
 
 
 def launch_options(C: int, backward: bool = False) -> tuple[int, int, int]:
-    """(rows, channels, warps) of a program's tile. The backward holds three times as much, so more warps share it."""
+    """(rows, channels, warps) of a program's tile. The backward holds several times as much, so more warps share it."""
     block_c = triton.next_power_of_2(C)
     rows = max(1, TILE // block_c)
-    return rows, block_c, 4 if rows * block_c <= TILE and not backward else 8
+    elements = rows * block_c
+    return rows, block_c, max(4, min(8, elements // 512)) if backward else max(1, elements // 512)
+
+
+def loads_ahead(block_c: int) -> bool:
+    """Whether the backward has the registers to load a tile before it needs it."""
+    return block_c <= 4096
 
 
 def forward(x_BLC, branch_BLC, gate_BC, scale_BC, shift_BC, eps):
@@ -158,7 +174,7 @@ def backward(dy_BLC, dsum_BLC, x_BLC, branch_BLC, gate_BC, scale_BC, eps):
             dy_BLC, dsum_BLC, x_BLC, branch_BLC, gate_BC, scale_BC,
             dx_BLC, dbranch_BLC, parts_3BSC[-1], parts_3BSC[0], parts_3BSC[1],
             L, C, gate_BC.stride(0), scale_BC.stride(0), eps, rows_per_share,
-            RESIDUAL=residual, ROWS=rows, BLOCK_C=block_c, num_warps=warps,
+            RESIDUAL=residual, ROWS=rows, BLOCK_C=block_c, AHEAD=loads_ahead(block_c), num_warps=warps,
         )  # fmt: skip
     # one sum for each: results of an operator may not share memory
     dscale_BC, dshift_BC = parts_3BSC[0].sum(1), parts_3BSC[1].sum(1)
@@ -180,6 +196,8 @@ def configurations() -> list[Configuration]:
             for kernel in (forward_kernel, backward_kernel):
                 rows, block_c, warps = launch_options(C, backward=kernel is backward_kernel)
                 options = dict(RESIDUAL=residual, ROWS=rows, BLOCK_C=block_c)
+                if kernel is backward_kernel:
+                    options["AHEAD"] = loads_ahead(block_c)
                 partial = ("dgate_ptr", "dscale_ptr", "dshift_ptr")
                 signature = {
                     name: "constexpr"

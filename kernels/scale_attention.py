@@ -311,13 +311,13 @@ def key_backward_kernel(
 # consumer cards too, take less than 99 KB of shared memory.
 HALF = {
     ("forward", 80): {32: Options(128, 64, 64, 4, 3), 64: Options(128, 64, 32, 4, 3), 128: Options(128, 64, 32, 8, 3)},
-    ("forward", 90): {32: Options(128, 64, 64, 4, 3), 64: Options(64, 64, 64, 4, 3), 128: Options(128, 64, 64, 8, 3)},
+    ("forward", 90): {32: Options(128, 64, 64, 4, 3), 64: Options(64, 64, 32, 4, 3), 128: Options(128, 64, 64, 8, 3)},
     ("forward", 100): {64: Options(128, 64, 64, 4, 3), 128: Options(128, 64, 64, 8, 3)},
     ("query_backward", 80): {64: Options(64, 64, 32, 4, 3), 128: Options(64, 64, 64, 8, 2)},
     ("query_backward", 90): {64: Options(64, 64, 64, 4, 3), 128: Options(128, 64, 64, 8, 2)},
     ("query_backward", 100): {64: Options(128, 64, 64, 8, 3), 128: Options(128, 64, 64, 8, 2)},
     ("key_backward", 80): {64: Options(64, 32, 32, 4, 2), 128: Options(64, 32, 32, 4, 2)},
-    ("key_backward", 90): {64: Options(64, 32, 32, 4, 3), 128: Options(128, 32, 32, 8, 2)},
+    ("key_backward", 90): {64: Options(64, 32, 32, 4, 4), 128: Options(128, 32, 32, 8, 2)},
     ("key_backward", 100): {64: Options(128, 64, 64, 8, 3), 128: Options(128, 32, 32, 8, 2)},
 }
 FLOAT32 = {

@@ -60,7 +60,7 @@ int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t 
 // y (M, N) = x (M, K) weight (N, K)^T + bias (nullptr: none), then tanh-GELU where `gelu`; bfloat16 or float16, summed in
 // float32. y and bias are of the same type, or float32 where `float_out`. M up to SKINNY_ROWS, K a multiple of 8.
 // A row's result does not depend on M.
-constexpr int64_t SKINNY_ROWS = 96;
+constexpr int64_t SKINNY_ROWS = 32;
 void skinny_linear(const void* x, const void* weight, Type type, const void* bias, int64_t M, int64_t N, int64_t K,
                    bool gelu, void* y, bool float_out, void* stream);
 
@@ -72,6 +72,11 @@ void add_bias_residual(const void* x, Type type, const float* bias, const void* 
 // corner (r + a, s + b).
 void weave_phases(const void* phases, Type type, const float* bias, int64_t B, int64_t h, int64_t w, int64_t C, void* y,
                   void* stream);
+
+// The image of a 3x3 convolution to 3 channels: taps (B, h, w, stride), value (3 ky + kx) 3 + c of a pixel is its share in
+// channel c of the pixel that sees it at (ky, kx) -> image (B, 3, h, w), plus bias, clamped to [-1, 1], then in [0, 1].
+void image_of_taps(const float* taps, const float* bias, int64_t B, int64_t h, int64_t w, int64_t stride, float* image,
+                   void* stream);
 
 // tanh-GELU of n elements in place.
 void gelu(void* x, Type type, int64_t n, void* stream);

@@ -3,7 +3,7 @@
 // A block makes 16 outputs of all rows; its warps take turns at the steps of 32 along K. The weights are the left operand
 // of the tensor cores' product, 16 outputs by 16 of K, and 8 rows of x the right one. A sum over K may take it in any
 // order that both operands share, so a lane loads 16 bytes of its rows straight into operands. What the kernel before
-// does not write, the first weights, is loaded before waiting for it. How K is cut depends on K alone: so a row's result
+// does not write, the first weights, is loaded before waiting for it. How K is cut depends on N and K: so a row's result
 // does not depend on the others.
 #include <algorithm>
 
@@ -14,6 +14,8 @@ namespace {
 
 constexpr const char* OP = "skinny_linear";
 constexpr int OUTPUTS = 16, STEP = 32, MOST_WARPS = 16;
+constexpr int GROUP = 4;  // steps whose weights are loaded together
+constexpr int64_t MANY_BLOCKS = 264;  // two for each multiprocessor of an H100
 constexpr int STRIDE = 20;  // floats between rows of 16 outputs in shared memory: a warp's sums go to different banks
 
 struct Shape {
@@ -36,7 +38,6 @@ __device__ __forceinline__ uint4 words_at(const T* from, bool inside) {
 template <class T, int TILES>
 __global__ void __launch_bounds__(MOST_WARPS * WARP)
 skinny_kernel(const T* x, const T* weight, Shape s, Ends ends) {
-    constexpr int GROUP = TILES <= 4 ? 4 : TILES <= 8 ? 2 : 1;  // steps whose weights are loaded together
     float* const parts = reinterpret_cast<float*>(dynamic_shared());  // (warps, 8 TILES, STRIDE)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int g = lane / 4, j = lane % 4, first_output = blockIdx.x * OUTPUTS;
@@ -106,12 +107,14 @@ skinny_kernel(const T* x, const T* weight, Shape s, Ends ends) {
 void skinny_linear(const void* x, const void* weight, Type type, const void* bias, int64_t M, int64_t N, int64_t K,
                    bool gelu, void* y, bool float_out, void* stream) {
     expect(type != Type::f32, OP, "bfloat16 or float16");
-    expect(M <= SKINNY_ROWS && K > 0 && K % 8 == 0, OP, "at most 96 rows and K a multiple of 8");
+    expect(M <= SKINNY_ROWS && K > 0 && K % 8 == 0, OP, "at most 32 rows and K a multiple of 8");
     if (M * N == 0) return;
     const Shape shape{static_cast<int>(M), static_cast<int>(N), static_cast<int>(K)};
     const Ends ends{bias, y, float_out, gelu};
-    // enough loads under way for a multiprocessor that has one block
-    const int64_t warps = std::clamp<int64_t>(ceil_div(K, 4 * STEP), 1, MOST_WARPS);
+    // Enough loads under way for a multiprocessor that has one block; where there are many blocks, small ones, so that
+    // one loads while another adds up.
+    const int64_t most = ceil_div(N, OUTPUTS) > MANY_BLOCKS ? MOST_WARPS / 2 : MOST_WARPS;
+    const int64_t warps = std::clamp<int64_t>(ceil_div(K, GROUP * STEP), 1, most);
     const auto run = [&](auto* typed_x, auto kernel, int64_t tiles) {
         launch_dependent(OP, kernel, grid_of(ceil_div(N, OUTPUTS)), warps * WARP,
                          warps * tiles * 8 * STRIDE * static_cast<int64_t>(sizeof(float)), stream, typed_x,
@@ -124,11 +127,7 @@ void skinny_linear(const void* x, const void* weight, Type type, const void* bia
         if (tiles <= 1) return run(rows, &skinny_kernel<T, 1>, 1);
         if (tiles <= 2) return run(rows, &skinny_kernel<T, 2>, 2);
         if (tiles <= 3) return run(rows, &skinny_kernel<T, 3>, 3);
-        if (tiles <= 4) return run(rows, &skinny_kernel<T, 4>, 4);
-        if (tiles <= 6) return run(rows, &skinny_kernel<T, 6>, 6);
-        if (tiles <= 8) return run(rows, &skinny_kernel<T, 8>, 8);
-        if (tiles <= 9) return run(rows, &skinny_kernel<T, 9>, 9);
-        run(rows, &skinny_kernel<T, 12>, 12);
+        run(rows, &skinny_kernel<T, 4>, 4);
     };
     type == Type::bf16 ? with(__nv_bfloat16{}) : with(__half{});
 }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.cuda.operators import Operators
+from var_fast.engine.native_model import tap_weights
 from var_fast.engine.philox import uniforms
 from var_fast.ops.pyramid_update import pyramid_update_reference
 from var_fast.ops.sample_tokens import sample_tokens_reference
@@ -237,6 +238,15 @@ def check_weave_phases(ops: Operators, dtype, B, h, w, C, seed=0):
         for b in range(2):
             expected[:, a::2, b::2] = phases[:, a : a + h, b : b + w, 2 * a + b].double()
     assert_close(ops.weave_phases(ops.place(phases), ops.place(bias)), expected + bias.double(), BOUNDS[dtype])
+
+
+def check_image_of_taps(ops: Operators, B, h, w, C=40, seed=0):
+    """With the product that makes the taps: the last convolution of the decoder."""
+    g = generator(seed)
+    x, weight, bias = torch.randn(B, C, h, w, generator=g), torch.randn(3, C, 3, 3, generator=g) * 0.05, torch.rand(3)
+    taps = x.permute(0, 2, 3, 1) @ tap_weights(weight).t()
+    expected = (F.conv2d(x.double(), weight.double(), bias.double(), padding=1).clamp(-1, 1) + 1) / 2
+    assert_close(ops.image_of_taps(ops.place(taps), ops.place(bias)), expected, BOUNDS[torch.float32])
 
 
 def check_skinny_linear(ops: Operators, dtype, M, N, K, gelu=False, bias=True, float_out=False, seed=0):

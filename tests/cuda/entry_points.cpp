@@ -89,6 +89,11 @@ const char* add_bias_residual(const void* x, int64_t type, const float* bias, co
     return message_of([&] { cuda::add_bias_residual(x, Type(type), bias, residual, rows, C, y, nullptr); });
 }
 
+const char* image_of_taps(const float* taps, const float* bias, int64_t B, int64_t h, int64_t w, int64_t stride,
+                          float* image) {
+    return message_of([&] { cuda::image_of_taps(taps, bias, B, h, w, stride, image, nullptr); });
+}
+
 const char* weave_phases(const void* phases, int64_t type, const float* bias, int64_t B, int64_t h, int64_t w, int64_t C,
                          void* y) {
     return message_of([&] { cuda::weave_phases(phases, Type(type), bias, B, h, w, C, y, nullptr); });

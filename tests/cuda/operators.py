@@ -105,6 +105,12 @@ class Operators(ABC):
         self.call("weave_phases", phases_Bhw4C, TYPES[phases_Bhw4C.dtype], bias_C, B, h - 1, w - 1, C, y_BhwC)
         return y_BhwC
 
+    def image_of_taps(self, taps_BhwS, bias_C):
+        B, h, w, S = taps_BhwS.shape
+        image_B3hw = self.empty(B, 3, h, w)
+        self.call("image_of_taps", taps_BhwS, bias_C, B, h, w, S, image_B3hw)
+        return image_B3hw
+
     def gelu(self, x):
         """In place."""
         self.call("gelu", x, TYPES[x.dtype], x.numel())

@@ -15,6 +15,7 @@ from tests.cuda.checks import (
     check_gelu,
     check_group_norm_silu,
     check_group_norm_silu_of_a_sum,
+    check_image_of_taps,
     check_pyramid_update,
     check_qk_norm,
     check_residual_adaln_modulate,
@@ -247,7 +248,7 @@ halves = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtyp
 
 @halves
 @given(
-    M=st.integers(1, 96),
+    M=st.integers(1, 32),
     N=st.integers(1, 40),
     K=st.integers(1, 40).map(lambda n: 8 * n),
     gelu=st.booleans(),
@@ -262,16 +263,17 @@ def test_skinny_linear(ops, dtype, M, N, K, gelu, bias, float_out, seed):
 
 def test_skinny_linear_of_a_deep_layer(ops, every_order):
     every_order(lambda: bits(check_skinny_linear(ops, torch.bfloat16, M=3, N=16, K=8 * 640)))
+    check_skinny_linear(ops, torch.bfloat16, M=3, N=16 * 265, K=1536)  # of more blocks than fit side by side
 
 
 def test_a_row_of_skinny_linear_does_not_depend_on_the_others(ops):
     g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(90, 512, generator=g).bfloat16(), ops.place(torch.randn(16, 512, generator=g).bfloat16())
+    x, weight = torch.randn(30, 512, generator=g).bfloat16(), ops.place(torch.randn(16, 512, generator=g).bfloat16())
     together = ops.skinny_linear(ops.place(x), weight, None, False, torch.float32)
-    assert torch.equal(ops.skinny_linear(ops.place(x[60:61]), weight, None, False, torch.float32), together[60:61])
+    assert torch.equal(ops.skinny_linear(ops.place(x[20:21]), weight, None, False, torch.float32), together[20:21])
 
 
-@pytest.mark.parametrize("M, K, dtype, message", [(97, 8, torch.bfloat16, "96 rows"), (1, 12, torch.float16, "K a mul")])
+@pytest.mark.parametrize("M, K, dtype, message", [(33, 8, torch.bfloat16, "32 rows"), (1, 12, torch.float16, "K a mul")])
 def test_skinny_linear_refuses(ops, M, K, dtype, message):
     x, weight = ops.place(torch.zeros(M, K, dtype=dtype)), ops.place(torch.zeros(16, K, dtype=dtype))
     with pytest.raises(RuntimeError, match=f"skinny_linear: expected .*{message}"):
@@ -291,6 +293,12 @@ def test_add_bias_residual(ops, dtype, C, bias, residual):
 @pytest.mark.parametrize("C", [32, 30])
 def test_weave_phases(ops, dtype, C):
     check_weave_phases(ops, dtype, B=2, h=3, w=5, C=C)
+
+
+# ------------------------------------------------------------------------------------------------------- image_of_taps
+@pytest.mark.parametrize("h, w", [(1, 1), (2, 5), (16, 17)])
+def test_image_of_taps(ops, h, w):
+    check_image_of_taps(ops, B=2, h=h, w=w)
 
 
 # ----------------------------------------------------------------------------------------------------------------- gelu

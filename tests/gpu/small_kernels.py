@@ -45,9 +45,10 @@ def cuda_operators() -> None:
         checks.check_weave_phases(ops, dtype, B=2, h=3, w=5, C=32)
         checks.check_gelu(ops, dtype, 4099)
     checks.check_scale_attention(ops, torch.bfloat16, R=18, l=33, H=19, D=32, length=5, capacity=5)
+    checks.check_image_of_taps(ops, B=2, h=7, w=9)
     for dtype in checks.DTYPES[1:]:
         checks.check_skinny_linear(ops, dtype, M=3, N=40, K=264, gelu=True)
-        checks.check_skinny_linear(ops, dtype, M=91, N=40, K=2056, float_out=True)
+        checks.check_skinny_linear(ops, dtype, M=31, N=40, K=2056, float_out=True)
     for kind in ("normal", "ties", "equal", "wide", "outlier", "zeros", "tiny"):
         checks.check_draw_tokens(ops, B=2, l=3, V=1003, top_k=600, top_p=0.9017, kind=kind)
     checks.check_draw_tokens(ops, B=2, l=3, V=4096, top_k=0, top_p=0.9017, kind="outlier")

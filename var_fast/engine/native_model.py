@@ -131,11 +131,12 @@ class _Packer:
                 phases = subpixel_weights(conv.weight.detach().float())
                 yield self._step("upsample", convs=[self.conv(phases, conv.bias.detach().repeat(4), padding=1)])
         yield self._step("norm_silu", norms=[self._norm(decoder.norm_out)])
-        last = decoder.conv_out
-        weight = last.weight
-        if self.device.type == "cuda":  # cuDNN takes the tensor cores for multiples of 8 channels only
-            weight = nn.functional.pad(weight, (0, 0) * 3 + (0, -len(weight) % 8))
-        yield self._step("conv", convs=[self.conv(weight, last.bias, last.padding[0])])
+        if self.device.type == "cuda":
+            taps = self._cast(tap_weights(decoder.conv_out.weight))
+            image = self._linear(taps, _float(decoder.conv_out.bias), packed=False)
+            yield self._step("image", linears=[image])
+        else:
+            yield self._step("conv", convs=[self._layer(decoder.conv_out)])
 
     def _block(self, block: nn.Module) -> Iterator:
         if isinstance(block, ResnetBlock):
@@ -176,6 +177,13 @@ def subpixel_weights(weight_OI33: torch.Tensor) -> torch.Tensor:
     """
     sums = weight_OI33.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     return torch.einsum("aud,bve,oide->aboiuv", sums, sums, weight_OI33).flatten(0, 2)
+
+
+def tap_weights(weight_OI33: torch.Tensor) -> torch.Tensor:
+    """(32, I), row (3 ky + kx) 3 + o: the weights by which an input pixel enters channel o of the output pixel that sees
+    it at (ky, kx) of a 3x3 convolution to 3 channels; the last five rows are zero, for the tensor cores' tiles."""
+    taps = weight_OI33.detach().permute(2, 3, 0, 1).flatten(0, 2)
+    return nn.functional.pad(taps, (0, 0, 0, 32 - len(taps)))
 
 
 def _onednn_packs_bfloat16() -> bool:
