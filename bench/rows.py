@@ -27,7 +27,8 @@ class Row:
     Times are seconds a call; `floor_s` is the least this device could take, by its own measured rates. `peak_bytes`:
     the most memory a call held beyond what was held before it. `flops` and `bytes`: what the case must compute and
     move, at least. `ratio` of each other implementation: its time over this one's, the median of the ratios of
-    neighbouring samples (2.0: this one is twice as fast). `skipped`: why there is no time.
+    neighbouring samples (2.0: this one is twice as fast). `skipped`: why there is no time. `graph`: the time is
+    that of a CUDA graph of the call, without launches.
     """
 
     suite: str
@@ -49,6 +50,7 @@ class Row:
     bytes: float = 0.0
     ratio: dict[str, float] = field(default_factory=dict)
     joules_per_image: float | None = None
+    graph: bool = False
 
     @property
     def key(self) -> tuple:

@@ -207,7 +207,9 @@ def check_group_norm_silu_of_a_sum(ops: Operators, dtype, B, hw, C, groups, resi
     x, other = torch.randn(2, B, hw, C, generator=g).to(dtype)
     weight, bias, x_bias = torch.randn(3, C, generator=g)
     total = x.double() + x_bias.double() + (other.double() if residual else 0)
-    norm = F.group_norm((total.to(dtype).double() if store else total).transpose(1, 2), groups, eps=1e-6).transpose(1, 2)
+    norm = F.group_norm((total.to(dtype).double() if store else total).transpose(1, 2), groups, eps=1e-6).transpose(
+        1, 2
+    )
     expected = F.silu(norm * weight.double() + bias.double())
     placed = ops.place(x)
     stored = ops.empty(B, hw, C, dtype=dtype) if store else None

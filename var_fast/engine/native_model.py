@@ -180,8 +180,8 @@ def subpixel_weights(weight_OI33: torch.Tensor) -> torch.Tensor:
 
 
 def tap_weights(weight_OI33: torch.Tensor) -> torch.Tensor:
-    """(32, I), row (3 ky + kx) 3 + o: the weights by which an input pixel enters channel o of the output pixel that sees
-    it at (ky, kx) of a 3x3 convolution to 3 channels; the last five rows are zero, for the tensor cores' tiles."""
+    """(32, I), row (3 ky + kx) 3 + o: the weights by which an input pixel enters channel o of the output pixel that
+    sees it at (ky, kx) of a 3x3 convolution to 3 channels; the last five rows are zero, for the tensor cores' tiles."""
     taps = weight_OI33.detach().permute(2, 3, 0, 1).flatten(0, 2)
     return nn.functional.pad(taps, (0, 0, 0, 32 - len(taps)))
 
