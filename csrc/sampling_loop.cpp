@@ -179,8 +179,10 @@ at::Tensor SamplingRun::attend(int64_t block, int64_t images) {
         return attended_NC;
     }
 #ifdef VAR_FAST_WITH_CUDA
-    // few queries: reading K and V is all the work, and the library's kernel has too few blocks for that
-    if (l <= 64 && D % 32 == 0 && D <= 128) {
+    // Few queries: reading K and V is all the work, and the library's kernel has too few blocks for that. The limits are
+    // those of an H100.
+    const bool few = l <= 16 || (l <= 100 && images * m.H * l <= 20000);
+    if (few && D % 32 == 0 && D <= 128) {
         const at::Tensor attended_NC = rows_of(attended_, images * l, m.C);
         const int64_t bytes = cuda::scale_attention_scratch_bytes(images, l, m.H, D, length);
         const at::Tensor scratch = at::empty({bytes}, q_.options());

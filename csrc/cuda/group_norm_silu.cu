@@ -49,8 +49,8 @@ struct Input {
 
 // Sums of x - pivot and of its square, pivot the image's first element of the group: so the mean, however large,
 // costs the variance no digits. The last block of an image to finish turns the parts' sums into mean and 1 / deviation.
-// Where `sum` is given, x + bias + residual is stored there, and the statistics are of what is stored.
-template <class X, int N>
+// Where the sum is stored, the statistics are of what is stored.
+template <class X, int N, bool has_residual, bool stores>
 __global__ void __launch_bounds__(MOST_COLUMNS)
 statistics_kernel(Input<X> input, X* __restrict__ stored, int64_t hw, int C, int groups, int columns, int rows,
                   int64_t part, float eps, float2* partial, float2* __restrict__ statistics, unsigned* finished) {
@@ -74,13 +74,13 @@ statistics_kernel(Input<X> input, X* __restrict__ stored, int64_t hw, int C, int
             load(input.x + place, values);
 #pragma unroll
             for (int i = 0; i < N; ++i) values[i] += bias[i];
-            if (input.residual != nullptr) {
+            if constexpr (has_residual) {
                 float residuals[N];
                 load(input.residual + place, residuals);
 #pragma unroll
                 for (int i = 0; i < N; ++i) values[i] += residuals[i];
             }
-            if (stored != nullptr) {
+            if constexpr (stores) {
                 store(stored + place, values);
 #pragma unroll
                 for (int i = 0; i < N; ++i) values[i] = to_float(from_float<X>(values[i]));
@@ -182,9 +182,12 @@ void run(Input<X> input, X* sum, const float* weight, const float* bias, int64_t
          int64_t groups, float eps, bool silu, Y* y, Scratch scratch, void* stream) {
     expect(C / N <= MOST_COLUMNS, OP, "at most 512 loads to a row: 4096 channels of 16 bits, 512 where C is odd");
     const Cut cut(hw, C, N, STATISTICS_ELEMENTS, MOST_PARTS);
-    launch(OP, &statistics_kernel<X, N>, grid_of(cut.parts, B), cut.threads(), cut.rows * 2 * C * sizeof(float), stream,
-           input, sum, hw, C, groups, cut.columns, cut.rows, cut.part, eps, scratch.partial, scratch.statistics,
-           scratch.finished);
+    launch(OP,
+           input.residual != nullptr ? &statistics_kernel<X, N, true, true>
+           : sum != nullptr          ? &statistics_kernel<X, N, false, true>
+                                     : &statistics_kernel<X, N, false, false>,
+           grid_of(cut.parts, B), cut.threads(), cut.rows * 2 * C * sizeof(float), stream, input, sum, hw, C, groups,
+           cut.columns, cut.rows, cut.part, eps, scratch.partial, scratch.statistics, scratch.finished);
     // 8 rows a thread where that leaves enough blocks: reading the parameters costs about three
     const int64_t elements = 8 * 256 * N;
     const Cut pieces(hw, C, N, B * hw * C < 512 * elements ? elements / 4 : elements, 1 << 20);
