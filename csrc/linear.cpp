@@ -25,9 +25,13 @@ at::Tensor packed_linear(const at::Tensor& x_MK, const Linear& layer) {
 }
 
 #ifdef VAR_FAST_WITH_CUDA
-// Few rows: reading the weights is all the work, and the library's kernels take several times as long as that.
+// Few rows and not too many weights: reading them is all the work, and the library's kernels take twice as long as that.
+// On an H100 they catch up where the weights are more than this.
+constexpr int64_t SKINNY_WEIGHTS = 1 << 23;
+
 bool is_skinny(const at::Tensor& x_MK, const at::Tensor& y_MN) {
-    return x_MK.scalar_type() != at::kFloat && x_MK.size(0) <= cuda::SKINNY_ROWS && x_MK.size(1) % 8 == 0 && y_MN.defined();
+    return x_MK.scalar_type() != at::kFloat && y_MN.defined() && x_MK.size(0) <= cuda::SKINNY_ROWS &&
+           x_MK.size(1) % 8 == 0 && x_MK.size(1) * y_MN.size(1) <= SKINNY_WEIGHTS;
 }
 
 void skinny_linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place) {
