@@ -59,10 +59,13 @@ class Row:
 
 
 def ratio_to(row: Row, peer: str) -> float | None:
-    """The row's ratio to `peer` in the same type, else to it in float32; 1 to itself, None where there is none."""
+    """The row's ratio to `peer` in the same type, else to it in float32, else to it in the one type it has; 1 to
+    itself, None where there is none."""
     if row.implementation == peer:
         return 1.0
-    return row.ratio.get(peer, row.ratio.get(f"{peer} float32"))
+    others = [ratio for label, ratio in row.ratio.items() if label.startswith(f"{peer} ")]
+    only = others[0] if len(others) == 1 else None
+    return row.ratio.get(peer, row.ratio.get(f"{peer} float32", only))
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from bench.output.compare import change, differences, print_comparison
-from bench.rows import Report, Row
+from bench.rows import Report, Row, ratio_to
 
 ENVIRONMENT = {"cpu": {"model": "some CPU", "threads": 2}, "gpu": None, "torch": "2.13.0"}
 
@@ -115,3 +115,11 @@ def test_interrupted_reports_are_named():
     print_comparison(console, Report({}, {}, interrupted=True), Report({}, {}))
     assert "the old report was interrupted" in console.file.getvalue()
     assert "the new report was interrupted" not in console.file.getvalue()
+
+
+def test_ratio_to_a_peer_of_other_types_than_the_rows():
+    half = row(1.0, dtype="bfloat16")
+    half.ratio = {"published float16": 3.0, "sdpa": 2.0}
+    assert [ratio_to(half, peer) for peer in ("published", "sdpa", "var_fast", "flex")] == [3.0, 2.0, 1.0, None]
+    half.ratio["published float32"] = 5.0
+    assert ratio_to(half, "published") == 5.0
