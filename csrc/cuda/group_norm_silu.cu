@@ -54,6 +54,7 @@ template <class X, int N, bool has_residual, bool stores>
 __global__ void __launch_bounds__(MOST_COLUMNS)
 statistics_kernel(Input<X> input, X* __restrict__ stored, int64_t hw, int C, int groups, int columns, int rows,
                   int64_t part, float eps, float2* partial, float2* __restrict__ statistics, unsigned* finished) {
+    constexpr int UNROLL = stores && !has_residual ? 1 : 4;  // what the registers hold; that form is rare
     float* const sums = reinterpret_cast<float*>(dynamic_shared());  // (rows, 2, C)
     __shared__ bool last;
     const int row = threadIdx.x / columns, channel = threadIdx.x % columns * N, group_size = C / groups;
@@ -67,7 +68,7 @@ statistics_kernel(Input<X> input, X* __restrict__ stored, int64_t hw, int C, int
             pivot[i] = input(first + of_group, of_group);
         }
         const int64_t end = min(part * (blockIdx.x + 1), hw);
-#pragma unroll 4
+#pragma unroll UNROLL
         for (int64_t at = part * blockIdx.x + row; at < end; at += rows) {
             const int64_t place = first + at * C + channel;
             float values[N];
