@@ -127,6 +127,10 @@ def report(
         raise UserError("--batch goes with the suites tokenize, train and sample; operators have shapes of their own")
     if only and all(group.suite != "ops" for group in groups):
         raise UserError("--only chooses among operators, expected ops among the suites of --suite")
+    if only:
+        from bench.suites.ops import check_only
+
+        check_only(only, place)
     old = None if compare is None else Report.read(compare)
     if json is not None:
         from var_fast.images import check_writable

@@ -39,6 +39,8 @@ struct Decoder {
 
 // f_hat (B, Cvae, h, w) float32 -> image (B, 3, H, W) float32 in [0, 1].
 at::Tensor decode(const Decoder& decoder, const at::Tensor& f_hat_BChw, const Place& place);
+
+// The same on CUDA, which `decode` calls there.
 at::Tensor decode_cuda(const Decoder& decoder, const at::Tensor& f_hat_BChw, const Place& place);
 
 }  // namespace var_fast

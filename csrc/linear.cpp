@@ -25,8 +25,8 @@ at::Tensor packed_linear(const at::Tensor& x_MK, const Linear& layer) {
 }
 
 #ifdef VAR_FAST_WITH_CUDA
-// Few rows and not too many weights: reading them is all the work, and the library's kernels take twice as long as that.
-// On an H100 they catch up where the weights are more than this.
+// Few rows and not too many weights: reading them is all the work, and the library's kernels take up to twice our
+// time. On an H100 they catch up where the weights are more than this.
 constexpr int64_t SKINNY_WEIGHTS = 1 << 23;
 
 bool is_skinny(const at::Tensor& x_MK, const at::Tensor& y_MN) {

@@ -36,6 +36,19 @@ def test_without_a_gpu(tmp_path):
     assert written["machine"]["cuda"]["devices"] == []
 
 
+@pytest.mark.parametrize(
+    ("cpus", "xdist", "options", "threads"),
+    [(16, True, ["-n", "12", "--dist", "worksteal"], "1"), (8, True, ["-n", "6", "--dist", "worksteal"], "1")]
+    + [(16, False, [], None), (2, True, [], None)],
+)
+def test_in_parallel(monkeypatch, cpus, xdist, options, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object() if xdist else None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert gpu_check.in_parallel() == options and os.environ.get("OMP_NUM_THREADS") == threads
+
+
 def test_files_with_gpu_tests(tmp_path):
     (tmp_path / "gpu").mkdir()
     (tmp_path / "ops").mkdir()

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -55,7 +56,7 @@ def files_with_gpu_tests(tests: Path) -> list[str]:
 
 def in_parallel() -> list[str]:
     """Options of pytest by which tests share the GPU, where pytest-xdist is installed: most of their time goes to
-    compiling kernels, on a CPU."""
+    compiling kernels, on a CPU. Sets OMP_NUM_THREADS for as many processes."""
     workers = min(12, (os.cpu_count() or 1) - 2)
     if workers < 2 or importlib.util.find_spec("xdist") is None:
         return []
@@ -80,7 +81,7 @@ def print_table(tests: dict[str, dict], device: str) -> None:
     Console().print(table)
 
 
-COMMON = ("--rounds", "3", "--seconds", "0.2", "--peer", "sdpa", "--device", "cuda")
+BENCHMARK = ("--rounds", "3", "--seconds", "0.2", "--peer", "sdpa", "--device", "cuda")
 SHORT_BENCHMARKS = {
     "sample": ("--models", "d16", "--batch", "1,64", "--dtype", "bfloat16"),
     "ops": (
@@ -94,7 +95,7 @@ SHORT_BENCHMARKS = {
 def short_benchmark(root: Path, suite: str, out: Path, timeout_s: float = 120) -> list[dict] | str:
     """The rows of bench/run.py's report, of which `out` becomes the folder, or why there are none."""
     (out / "report.json").unlink(missing_ok=True)  # of an earlier run
-    options = ("--suite", suite, *SHORT_BENCHMARKS[suite], *COMMON, "--out", str(out))
+    options = ("--suite", suite, *SHORT_BENCHMARKS[suite], *BENCHMARK, "--out", str(out))
     command = [sys.executable, str(root / "bench" / "run.py"), *options]
     try:
         # it writes its report after every case, so what is finished counts
@@ -139,13 +140,14 @@ def main() -> int:
     out: Path = arguments.out
 
     outcomes = Outcomes()
-    code = pytest.main(
-        [
-            *("-q", "-m", "gpu", "--continue-on-collection-errors", f"--rootdir={root}", *in_parallel()),
-            *(arguments.tests or files_with_gpu_tests(root / "tests")),
-        ],
-        plugins=[outcomes],
-    )
+    with patch.dict(os.environ):  # what in_parallel sets is for the tests alone
+        code = pytest.main(
+            [
+                *("-q", "-m", "gpu", "--continue-on-collection-errors", f"--rootdir={root}", *in_parallel()),
+                *(arguments.tests or files_with_gpu_tests(root / "tests")),
+            ],
+            plugins=[outcomes],
+        )
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     print_table(outcomes.tests, device)

@@ -17,6 +17,8 @@ from bench.ops.operator import Operator, operators
 from var_fast.errors import UserError
 from var_fast.ops.backend import FAST_BACKENDS, choose_backend
 
+REPORT_SIZE = {"cpu": "quick", "cuda": "full"}
+"""Which of an operator's shapes a report measures on a device."""
 MOST_SETS = 64
 """Of rotated inputs: small tensors stay in the cache in real use too."""
 
@@ -45,19 +47,30 @@ def cases(
     `cache_bytes`: the last-level cache; sets of inputs are made until twice as much. Raises UserError for an unknown
     operator.
     """
+    plans = (plan for plan in _plans(size, names) if dtype == torch.float32 or not plan.operator.float32_only)
+    wanted = (plan for plan in plans if not only or any(text in _name(plan) for text in only))
+    return (_case(subject, device, dtype, cache_bytes) for subject in wanted)
+
+
+def _plans(size: str, names: Sequence[str] | None = None) -> list[OpSubject]:
     known = {operator.name: operator for operator in operators()}
     for name in names or ():
         if name not in known:
             raise UserError(f"there is no operator {name!r}, expected one of {', '.join(known)}")
-    plans = [
+    return [
         OpSubject(known[name], shape, backward)
         for name in names or known
-        if dtype == torch.float32 or not known[name].float32_only
         for shape in known[name].shapes[size]
         for backward in ([False, True] if known[name].differentiable else [False])
     ]
-    wanted = (plan for plan in plans if not only or any(text in _name(plan) for text in only))
-    return (_case(subject, device, dtype, cache_bytes) for subject in wanted)
+
+
+def check_only(only: Sequence[str], device: torch.device) -> None:
+    """Raises UserError for a text that no case of a report has in its name."""
+    names = [_name(plan) for plan in _plans(REPORT_SIZE[device.type])]
+    for text in only:
+        if not any(text in name for name in names):
+            raise UserError(f"--only is {text!r}, which no operator's case has in its name, such as {names[0]!r}")
 
 
 def as_implementation(case: Case, function: Callable) -> Implementation:

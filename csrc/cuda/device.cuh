@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "ops_cuda.h"
 
@@ -105,12 +106,17 @@ inline void check(cudaError_t error, const char* op) {
     if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
 
+template <class Kernel>
+void allow_shared(const char* op, Kernel kernel, int64_t shared) {
+    if (shared > 48 * 1024)  // more has to be asked for
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+}
+
 // kernel<<<...>>>(arguments...), each argument converted to its parameter's type.
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared, void* stream,
             Arguments... arguments) {
-    if (shared > 48 * 1024)  // more has to be asked for
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+    allow_shared(op, kernel, shared);
     kernel<<<grid, static_cast<unsigned>(threads), shared, static_cast<cudaStream_t>(stream)>>>(
         static_cast<Parameters>(arguments)...);
     check(cudaGetLastError(), op);
@@ -141,8 +147,7 @@ void launch_dependent(const char* op, void (*kernel)(Parameters...), dim3 grid, 
     check(cudaGetDevice(&device), op);
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
     if (major < 9) return launch(op, kernel, grid, threads, shared, stream, arguments...);
-    if (shared > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+    allow_shared(op, kernel, shared);
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -163,6 +168,12 @@ void for_type(Type type, const F& f) {
     if (type == Type::f32) return f(float{});
     if (type == Type::bf16) return f(__nv_bfloat16{});
     f(__half{});
+}
+
+// f(elements of a load) for rows of `C` channels: as many as a load takes where they divide C, else one.
+template <class T, class F>
+void for_width(int64_t C, const F& f) {
+    C % per_load<T> == 0 ? f(std::integral_constant<int, per_load<T>>{}) : f(std::integral_constant<int, 1>{});
 }
 
 inline void expect(bool holds, const char* op, const std::string& what) {

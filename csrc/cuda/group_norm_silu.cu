@@ -5,7 +5,6 @@
 // A thread keeps to one column of the (hw, C) matrix, up to 16 bytes wide, and walks down the rows: loads are whole
 // lines whatever the size of a group. How sums are grouped depends on hw and C alone, so not on the batch.
 #include <algorithm>
-#include <type_traits>
 
 #include "device.cuh"
 
@@ -147,8 +146,7 @@ apply_kernel(const X* x, const float* __restrict__ added, const float* __restric
     const int row = threadIdx.x / columns, channel = threadIdx.x % columns * N, group_size = C / groups;
     const int64_t image = blockIdx.y;
     if (row >= rows) return;
-    float mean[N], factor[N], shift[N];
-    float adds[N] = {};
+    float mean[N], factor[N], shift[N], adds[N] = {};
     load(weight + channel, factor);
     load(bias + channel, shift);
     if (added != nullptr) load(added + channel, adds);
@@ -227,121 +225,6 @@ void group_norm_silu(const void* x, Type x_type, const float* x_bias, const void
             with(&run<X, Y, 1>);
         });
     });
-}
-
-namespace {
-
-// ------------------------------------------------------------------------------------- what stands between two norms
-constexpr int PIECE_THREADS = 256;
-
-// y = x + bias + residual, each where it is given; one load's elements a thread.
-template <class T, int N>
-__global__ void __launch_bounds__(PIECE_THREADS)
-add_kernel(const T* __restrict__ x, const float* __restrict__ bias, const T* __restrict__ residual, int64_t pieces,
-           int columns, T* __restrict__ y) {
-    const int64_t piece = int64_t{blockIdx.x} * PIECE_THREADS + threadIdx.x;
-    if (piece >= pieces) return;
-    float values[N], adds[N];
-    load(x + piece * N, values);
-    if (bias != nullptr) {
-        load(bias + piece % columns * N, adds);
-#pragma unroll
-        for (int i = 0; i < N; ++i) values[i] += adds[i];
-    }
-    if (residual != nullptr) {
-        load(residual + piece * N, adds);
-#pragma unroll
-        for (int i = 0; i < N; ++i) values[i] += adds[i];
-    }
-    store(y + piece * N, values);
-}
-
-// Output pixel (2 r + a, 2 s + b) is channels [(2 a + b) C, ... + C) of corner (r + a, s + b).
-template <class T, int N>
-__global__ void __launch_bounds__(PIECE_THREADS)
-weave_kernel(const T* __restrict__ phases, const float* __restrict__ bias, int64_t pieces, int columns, int h, int w,
-             T* __restrict__ y) {
-    const int64_t piece = int64_t{blockIdx.x} * PIECE_THREADS + threadIdx.x;
-    if (piece >= pieces) return;
-    const int column = static_cast<int>(piece % columns);
-    const int64_t pixel = piece / columns;
-    const int x = static_cast<int>(pixel % (2 * w)), row = static_cast<int>(pixel / (2 * w) % (2 * h));
-    const int64_t image = pixel / (2 * w) / (2 * h), corner = (image * (h + 1) + (row + 1) / 2) * (w + 1) + (x + 1) / 2;
-    const int phase = row % 2 * 2 + x % 2;
-    float values[N], adds[N];
-    load(phases + ((corner * 4 + phase) * columns + column) * N, values);
-    load(bias + column * N, adds);
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] += adds[i];
-    store(y + piece * N, values);
-}
-
-// A thread makes one pixel: of each of its nine neighbours the part that the neighbour's product has for it.
-__global__ void __launch_bounds__(PIECE_THREADS)
-image_kernel(const float* __restrict__ taps, const float* __restrict__ bias, int64_t pixels, int h, int w, int stride,
-             float* __restrict__ image) {
-    const int64_t pixel = int64_t{blockIdx.x} * PIECE_THREADS + threadIdx.x;
-    if (pixel >= pixels) return;
-    const int x = static_cast<int>(pixel % w), y = static_cast<int>(pixel / w % h);
-    float sums[3] = {bias[0], bias[1], bias[2]};
-#pragma unroll
-    for (int ky = 0; ky < 3; ++ky)
-#pragma unroll
-        for (int kx = 0; kx < 3; ++kx) {
-            const int from_y = y + ky - 1, from_x = x + kx - 1;
-            if (from_y < 0 || from_y >= h || from_x < 0 || from_x >= w) continue;
-            const float* const from = taps + (pixel + (ky - 1) * w + kx - 1) * stride + (ky * 3 + kx) * 3;
-#pragma unroll
-            for (int c = 0; c < 3; ++c) sums[c] += from[c];
-        }
-    float* const to = image + pixel / w / h * 3 * h * w + y * w + x;
-#pragma unroll
-    for (int c = 0; c < 3; ++c) to[int64_t{c} * h * w] = 0.5f * (fminf(fmaxf(sums[c], -1.0f), 1.0f) + 1.0f);
-}
-
-// f(elements of a load) for channels of which a load takes as many as it can.
-template <class T, class F>
-void for_width(int64_t C, const F& f) {
-    C % per_load<T> == 0 ? f(std::integral_constant<int, per_load<T>>{}) : f(std::integral_constant<int, 1>{});
-}
-
-}  // namespace
-
-void add_bias_residual(const void* x, Type type, const float* bias, const void* residual, int64_t rows, int64_t C,
-                       void* y, void* stream) {
-    if (rows * C == 0) return;
-    for_type(type, [&](auto element) {
-        using T = decltype(element);
-        for_width<T>(C, [&](auto n) {
-            constexpr int N = decltype(n)::value;
-            const int64_t pieces = rows * C / N;
-            launch("add_bias_residual", &add_kernel<T, N>, grid_of(ceil_div(pieces, PIECE_THREADS)), PIECE_THREADS, 0,
-                   stream, static_cast<const T*>(x), bias, static_cast<const T*>(residual), pieces, C / N,
-                   static_cast<T*>(y));
-        });
-    });
-}
-
-void weave_phases(const void* phases, Type type, const float* bias, int64_t B, int64_t h, int64_t w, int64_t C, void* y,
-                  void* stream) {
-    if (B * h * w * C == 0) return;
-    for_type(type, [&](auto element) {
-        using T = decltype(element);
-        for_width<T>(C, [&](auto n) {
-            constexpr int N = decltype(n)::value;
-            const int64_t pieces = B * 4 * h * w * C / N;
-            launch("weave_phases", &weave_kernel<T, N>, grid_of(ceil_div(pieces, PIECE_THREADS)), PIECE_THREADS, 0,
-                   stream, static_cast<const T*>(phases), bias, pieces, C / N, h, w, static_cast<T*>(y));
-        });
-    });
-}
-
-void image_of_taps(const float* taps, const float* bias, int64_t B, int64_t h, int64_t w, int64_t stride, float* image,
-                   void* stream) {
-    expect(stride >= 27, "image_of_taps", "27 values a pixel");
-    if (B * h * w == 0) return;
-    launch("image_of_taps", &image_kernel, grid_of(ceil_div(B * h * w, PIECE_THREADS)), PIECE_THREADS, 0, stream, taps,
-           bias, B * h * w, h, w, stride, image);
 }
 
 }  // namespace var_fast::cuda

@@ -94,6 +94,7 @@ def test_an_interrupt_writes_what_is_finished(tmp_path, how):
         (["--vae-ckpt", "x.pth"], "--vae-ckpt and --var-ckpt go with one published model"),
         (["--rounds", "1"], "--rounds"),
         (["--suite", "sample", "--only", "qk_norm"], "--only chooses among operators"),
+        (["--only", "qk_nrom"], "--only is 'qk_nrom'"),
         (["--nonsense"], "--nonsense"),
     ],
 )

@@ -14,6 +14,7 @@ def test_a_short_report(tmp_path):
     report = Report.read(tmp_path / "report.json")
     assert not [note for note in report.notes if "failed" in note]
     assert all(row.skipped is None and row.median_s > 0 for row in report.rows)
+    assert [row.graph for row in report.rows] == [row.suite == "ops" for row in report.rows]
     found = {(row.suite, row.implementation) for row in report.rows}
     assert found == {("sample", "reference"), ("sample", "var_fast"), ("ops", "reference"), ("ops", "triton")}
     assert report.timeline["totals_s"]["matrix products"] > 0
