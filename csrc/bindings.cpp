@@ -23,13 +23,19 @@ const T* pointer(uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
-int64_t sample_tokens(uintptr_t cond, uintptr_t uncond, bool is_double, int64_t rows, int64_t V, double guidance,
-                      int64_t top_k, double top_p, uintptr_t u, uintptr_t index, int threads) {
+template <typename T>
+T* writable(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+int64_t sample_tokens(uintptr_t cond, uintptr_t uncond, bool is_double, int64_t B, int64_t l, int64_t V,
+                      double guidance, int64_t top_k, double top_p, uintptr_t seeds, int64_t scale, uintptr_t index,
+                      int threads) {
     py::gil_scoped_release without_gil;
     const auto run = [&](auto element) {
         using T = decltype(element);
-        return var_fast::sample_tokens<T>(pointer<T>(cond), pointer<T>(uncond), rows, V, guidance, top_k, top_p,
-                                          pointer<double>(u), reinterpret_cast<int64_t*>(index), threads);
+        return var_fast::sample_tokens<T>(pointer<T>(cond), pointer<T>(uncond), B, l, V, guidance, top_k, top_p,
+                                          pointer<int64_t>(seeds), scale, writable<int64_t>(index), threads);
     };
     return is_double ? run(double{}) : run(float{});
 }
@@ -49,11 +55,6 @@ void cpu_scale_attention(uintptr_t q, uintptr_t k_cache, uintptr_t v_cache, int 
     var_fast::cpu::scale_attention(pointer<void>(q), pointer<void>(k_cache), pointer<void>(v_cache),
                                    var_fast::Type(type), R, l, H, D, length, capacity, reinterpret_cast<void*>(out),
                                    threads);
-}
-
-template <typename T>
-T* writable(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 var_fast::Type type_of(int type) { return static_cast<var_fast::Type>(type); }
@@ -124,9 +125,9 @@ void cpu_conv3x3(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residu
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native operators of var_fast; call them through var_fast.ops.";
-    m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("rows"),
-          py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("u"), py::arg("index"),
-          py::arg("threads"));
+    m.def("sample_tokens", &sample_tokens, py::arg("cond"), py::arg("uncond"), py::arg("is_double"), py::arg("B"),
+          py::arg("l"), py::arg("V"), py::arg("guidance"), py::arg("top_k"), py::arg("top_p"), py::arg("seeds"),
+          py::arg("scale"), py::arg("index"), py::arg("threads"));
     var_fast::bind_engine(m);
     m.def("cpu_qk_norm", &cpu_qk_norm, py::arg("qkv"), py::arg("type"), py::arg("scale_H"), py::arg("softmax_scale"),
           py::arg("S"), py::arg("R"), py::arg("l"), py::arg("H"), py::arg("D"), py::arg("q"), py::arg("k_cache"),
@@ -158,7 +159,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("C"), py::arg("h"), py::arg("w"), py::arg("pn"), py::arg("pn_next"), py::arg("next_map"),
           py::arg("threads"));
     m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"));
-    m.def("token_uniform", &var_fast::token_uniform, py::arg("seed"), py::arg("scale"), py::arg("token"));
+    m.def("cpu_token_exponentials", &var_fast::cpu::token_exponentials, py::arg("seed"), py::arg("scale"),
+          py::arg("token"), py::arg("V"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
     m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
           py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));

@@ -2,17 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace var_fast {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// Draws one index per row from guided, filtered logits; cond and uncond are (rows, V), u and index are (rows).
-// uncond == nullptr: no guidance. Needs V > 0, top_k >= 0, top_p in [0, 1], u in [0, 1).
-// Returns -1, or the lowest row whose guided logits are not finite (index is then unspecified).
+// Draws one index per row from guided, filtered logits; cond and uncond are (B, l, V), seeds (B), index (B, l).
+// uncond == nullptr: no guidance. Needs V > 0, top_k >= 0, top_p in [0, 1], scale in [0, 2^32).
+// Returns -1, or the lowest image whose guided logits are not finite (its indices are then unspecified).
 template <typename T>
-int64_t sample_tokens(const T* cond, const T* uncond, int64_t rows, int64_t V, double guidance, int64_t top_k,
-                      double top_p, const double* u, int64_t* index, int threads);
+int64_t sample_tokens(const T* cond, const T* uncond, int64_t B, int64_t l, int64_t V, double guidance, int64_t top_k,
+                      double top_p, const int64_t* seeds, int64_t scale, int64_t* index, int threads);
 
 // The leaf operators of the sampling loop. All arrays are contiguous, of float32 where they have no `type` of their own,
 // which is float32 or bfloat16 here, and on CUDA (cuda/ops_cuda.h) float16 too.
@@ -56,10 +57,11 @@ void conv3x3(const float* x, const float* packed, const float* bias, const float
 // GELU, tanh form, in place.
 void gelu(void* x, Type type, int64_t n, int threads);
 
-// sample_tokens of guided logits (B, l, V) with the random numbers of philox.h for (seed of the image, scale, token);
-// idx (B, l). Returns -1, or the lowest image whose logits are not finite (its indices are then unspecified).
+// sample_tokens of guided logits (B, l, V), idx (B, l). Returns -1, or the lowest image whose logits are not finite (its indices are then unspecified).
 int64_t draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,
                     int64_t top_k, double top_p, int64_t* idx, int threads);
+// Its random numbers for one token, of every code.
+std::vector<double> token_exponentials(int64_t seed, int64_t scale, int64_t token, int64_t V);
 
 // Tokens idx (B, pn * pn), or with idx == nullptr their codes (B, pn * pn, C) -> bicubic up to h x w ->
 // phi(x) = (1 - phi_ratio) x + phi_ratio conv3x3(x), weight (C, C, 3, 3), bias (C); phi_weight == nullptr: the identity

@@ -1,5 +1,5 @@
 // Philox4x32-10: random words by counter and key, without state (Salmon et al., Parallel random numbers: as easy as
-// 1, 2, 3, SC 2011). The same numbers as var_fast/engine/philox.py, on the host and in CUDA kernels.
+// 1, 2, 3, SC 2011). The same numbers as var_fast/ops/philox.py, on the host and in CUDA kernels.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #ifdef __CUDACC__
 #define VAR_FAST_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define VAR_FAST_HOST_DEVICE inline
+#define VAR_FAST_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace var_fast {
@@ -35,15 +35,9 @@ VAR_FAST_HOST_DEVICE Philox philox_block(int64_t seed, uint32_t stream, uint32_t
     return philox4x32(block, token, scale, stream, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 
-// In [0, 1), 24 bits, exact.
-VAR_FAST_HOST_DEVICE float uniform_of(uint32_t word) { return static_cast<float>(word >> 8) * 5.9604644775390625e-8f; }
-
 constexpr uint32_t TOKEN_STREAM = 0;  // the draws of sample_tokens
 
-// uniforms(seeds, TOKEN_STREAM, scale, tokens)[image, token, 0]
-VAR_FAST_HOST_DEVICE float token_uniform(int64_t seed, int64_t scale, int64_t token) {
-    return uniform_of(
-        philox_block(seed, TOKEN_STREAM, static_cast<uint32_t>(scale), static_cast<uint32_t>(token), 0).word[0]);
-}
+// In (0, 1), exact in double; exponentials of var_fast/ops/philox.py are its -log.
+VAR_FAST_HOST_DEVICE double uniform_of(uint32_t word) { return (word + 0.5) * 2.3283064365386962890625e-10; }
 
 }  // namespace var_fast

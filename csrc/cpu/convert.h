@@ -14,6 +14,14 @@ namespace var_fast::cpu {
 #define VAR_FAST_INLINE_AVX512 VAR_FAST_INLINE VAR_FAST_AVX512
 #define VAR_FAST_INLINE_AVX2 VAR_FAST_INLINE VAR_FAST_AVX2
 
+template <class To, class From>
+VAR_FAST_INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 struct bf16 {
     uint16_t bits;
 };

@@ -22,27 +22,29 @@ struct Guide {
 }  // namespace
 
 template <typename T>
-int64_t sample_tokens(const T* cond, const T* uncond, int64_t rows, int64_t V, double guidance, int64_t top_k,
-                      double top_p, const double* u, int64_t* index, int threads) {
+int64_t sample_tokens(const T* cond, const T* uncond, int64_t B, int64_t l, int64_t V, double guidance, int64_t top_k,
+                      double top_p, const int64_t* seeds, int64_t scale, int64_t* index, int threads) {
+    const int64_t rows = B * l;
     cpu::parallel_for(rows, threads, std::max<int64_t>(16384 / V, 1), [&](int64_t begin, int64_t end) {
         cpu::TokenSampler sampler(V, top_k, top_p);
         std::vector<double> guided(uncond ? V : 0);
         for (int64_t row = begin; row < end; ++row) {
+            const auto draw = [&](const auto* logits) { return sampler(logits, seeds[row / l], scale, row % l); };
             if (uncond == nullptr) {
-                index[row] = sampler(cond + row * V, u[row]);
+                index[row] = draw(cond + row * V);
                 continue;
             }
             cpu::dispatch<Guide<T>>(cond + row * V, uncond + row * V, guidance, V, guided.data());
-            index[row] = sampler(static_cast<const double*>(guided.data()), u[row]);
+            index[row] = draw(guided.data());
         }
     });
     const int64_t* bad = std::find(index, index + rows, int64_t{-1});
-    return bad == index + rows ? -1 : bad - index;
+    return bad == index + rows ? -1 : (bad - index) / l;
 }
 
-template int64_t sample_tokens<float>(const float*, const float*, int64_t, int64_t, double, int64_t, double,
-                                      const double*, int64_t*, int);
-template int64_t sample_tokens<double>(const double*, const double*, int64_t, int64_t, double, int64_t, double,
-                                       const double*, int64_t*, int);
+template int64_t sample_tokens<float>(const float*, const float*, int64_t, int64_t, int64_t, double, int64_t, double,
+                                      const int64_t*, int64_t, int64_t*, int);
+template int64_t sample_tokens<double>(const double*, const double*, int64_t, int64_t, int64_t, double, int64_t, double,
+                                       const int64_t*, int64_t, int64_t*, int);
 
 }  // namespace var_fast

@@ -9,13 +9,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "convert.h"
 #include "intrinsics.h"
 #include "isa.h"
+#include "race.h"
 
 namespace var_fast::cpu {
 
@@ -36,14 +37,6 @@ struct Order<double> {
     using Unsigned = uint64_t;
     static constexpr Integer INFINITE = 0x7ff0000000000000, MAGNITUDE = 0x7fffffffffffffff;
 };
-
-template <class To, class From>
-VAR_FAST_INLINE To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
 
 template <class T>
 VAR_FAST_INLINE typename Order<T>::Integer order_of(T value) {
@@ -254,29 +247,19 @@ struct DropBelow {
     }
 };
 
-struct BlockSums {
-    VAR_FAST_INLINE static void run(const double* __restrict weights, int64_t n, double* __restrict sums) {
-        for (int64_t begin = 0; begin < n; begin += BLOCK) {
-            const int64_t end = begin + BLOCK < n ? begin + BLOCK : n;
-            double sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = begin; i < end; ++i) sum += weights[i];
-            sums[begin / BLOCK] = sum;
-        }
-    }
-};
-
 // ----------------------------------------------------------------------------------------------------------- one thread
 // The index that each row of logits draws, row after row.
 class TokenSampler {
 public:
     TokenSampler(int64_t V, int64_t top_k, double top_p)
         : V_(V), top_k_(top_k > 0 && top_k < V ? top_k : 0), top_p_(top_p > 0 && top_p < 1 ? top_p : 0),
-          logits_(V + 16), weights_(V), sums_((V + BLOCK - 1) / BLOCK), codes_(V + 16), counts_(sums_.size()) {}
+          logits_(V + 16), weights_(V), codes_(V + 16), counts_((V + BLOCK - 1) / BLOCK), race_(V) {
+        std::iota(codes_.begin(), codes_.end(), 0);
+    }
 
-    // -1 if a logit is not finite.
+    // The code that token `token` of an image of this seed draws; -1 if a logit is not finite.
     template <class T>
-    int64_t operator()(const T* row, double u) {
+    int64_t operator()(const T* row, int64_t seed, int64_t scale, int64_t token) {
         using I = typename Order<T>::Integer;
         I extremes[3];
         dispatch<Extremes<T>>(row, V_, static_cast<I*>(extremes));
@@ -291,8 +274,7 @@ public:
         double total = 0;
         dispatch<Weights>(logits(), n_, largest_, weights_.data(), &total);
         if (top_p_ > 0) keep_top_p(range, (1 - top_p_) * total);
-        const int64_t place = place_of(u);
-        return top_k_ > 0 ? codes_[place] : place;
+        return race_.winner(weights_.data(), codes_.data(), n_, seed, scale, token);
     }
 
 private:
@@ -366,28 +348,11 @@ private:
         }
     }
 
-    // The first place at which the running sum exceeds u times the total.
-    int64_t place_of(double u) {
-        dispatch<BlockSums>(weights(), n_, sums_.data());
-        const int64_t blocks = (n_ + BLOCK - 1) / BLOCK;
-        double total = 0, running = 0;
-        for (int64_t block = 0; block < blocks; ++block) total += sums_[block];
-        const double threshold = u * total;
-        int64_t block = 0;
-        for (; block < blocks && running + sums_[block] <= threshold; ++block) running += sums_[block];
-        int64_t last = 0;
-        for (int64_t i = block * BLOCK; i < n_; ++i) {
-            running += weights_[i];
-            if (weights_[i] > 0) last = i;
-            if (running > threshold) return i;
-        }
-        return last;  // where single weights add up to less than their block, by rounding
-    }
-
     const int64_t V_, top_k_;
     const double top_p_;
-    std::vector<double> logits_, weights_, sums_;  // of the n_ codes that top-k keeps, in the order of their index
+    std::vector<double> logits_, weights_;  // of the n_ codes_ that top-k keeps, in the order of their index
     std::vector<int32_t> codes_, counts_;
+    Race race_;
     std::vector<std::pair<double, int64_t>> undecided_;
     double largest_ = 0;
     int64_t n_ = 0;

@@ -4,8 +4,8 @@
 // target? For top-k a logit's measure is 1, for top-p its weight. A histogram over the range of the logits finds the
 // bin of t; what is in the bin is compared pair by pair, or where it is too much, gets a histogram of its own.
 //
-// Weights are exp(logit - largest) in double, rounded to whole multiples of 2^-49. Sums of them are exact, so that
-// neither the order of the atomics nor that of the threads can change what is drawn.
+// For top-p weights are exp(logit - largest) in double, rounded to whole multiples of 2^-49. Sums of them are exact, so
+// that neither the order of the atomics nor that of the threads can change what is kept.
 #include "../philox.h"
 #include "device.cuh"
 
@@ -24,17 +24,33 @@ using Measure = unsigned long long;
 
 struct Shared {
     Measure listed_measures[LISTED];
-    Measure warps[2][WARPS];
+    Measure warps[WARPS];
     Measure below;
+    double results[WARPS];
     float listed[LISTED];
     float low[WARPS], high[WARPS];
     unsigned histogram[LIMBS][BINS];
     unsigned ties[WARPS];
+    int codes[WARPS];
     unsigned count;
     int bin;
     float value;
     int pad;
 };
+
+struct Runner {  // of the race: the largest result wins, of equal ones the lower code
+    double result;
+    int code;
+};
+
+__device__ __forceinline__ Runner lanes_winner(Runner a) {
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2) {
+        const Runner b{__shfl_xor_sync(ALL_LANES, a.result, lane), __shfl_xor_sync(ALL_LANES, a.code, lane)};
+        if (b.result > a.result || (b.result == a.result && b.code < a.code)) a = b;
+    }
+    return a;
+}
 
 __device__ __forceinline__ Measure weight_of(float logit, float largest) {
     const double weight = exp(static_cast<double>(logit) - static_cast<double>(largest));
@@ -130,10 +146,10 @@ __device__ Crossing find_crossing(Shared& s, int n, const Logit& logit, const Me
             for (int limb = 0; limb < (weighted ? LIMBS : 1); ++limb)
                 mine += static_cast<Measure>(s.histogram[limb][thread]) << limb * LIMB_BITS;
         Measure through = lanes_running_sum(mine);
-        if (lane == WARP - 1) s.warps[0][thread / WARP] = through;
+        if (lane == WARP - 1) s.warps[thread / WARP] = through;
         __syncthreads();
         through += below;
-        for (int warp = 0; warp < thread / WARP && warp < BINS / WARP; ++warp) through += s.warps[0][warp];
+        for (int warp = 0; warp < thread / WARP && warp < BINS / WARP; ++warp) through += s.warps[warp];
         if (thread < BINS && through - mine <= target && target < through) {  // of one thread only
             s.bin = thread;
             s.below = through - mine;
@@ -184,7 +200,8 @@ __device__ Crossing find_crossing(Shared& s, int n, const Logit& logit, const Me
     return {low, below};
 }
 
-__global__ void __launch_bounds__(THREADS)
+// Two blocks at a time: shared memory has no room for more where codes are many.
+__global__ void __launch_bounds__(THREADS, 2)
 draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds, int scale, int B, int l, int V,
             int top_k, double droppable, int64_t* __restrict__ idx, int* __restrict__ bad) {
     Shared& s = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -248,21 +265,20 @@ draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds,
         to += __popc(lanes);
     }
     __syncthreads();
-    Measure total = 0;
-    for (int i = thread; i < n; i += THREADS) {
-        const int v = static_cast<int>(kept[i]);
-        const Measure weight = weight_of(row[v], largest);
-        kept[i] = weight << INDEX_BITS | v;
-        total += weight;
-    }
-    total = block_sum(total, s.warps[0]);
-
     // top-p: all below t go, and of those that tie at t the first ones, as far as they may
     float t = lowest_kept;
     Measure dropped_ties = 0;
     const auto logit = [&](int i) { return row[kept[i] & INDEX_MASK]; };
-    __syncthreads();
     if (droppable >= 0) {
+        Measure total = 0;
+        for (int i = thread; i < n; i += THREADS) {
+            const int v = static_cast<int>(kept[i]);
+            const Measure weight = weight_of(row[v], largest);
+            kept[i] = weight << INDEX_BITS | v;
+            total += weight;
+        }
+        total = block_sum(total, s.warps);
+        __syncthreads();
         const double most = droppable * static_cast<double>(total);
         const Measure target = most < static_cast<double>(total - 1) ? static_cast<Measure>(most) : total - 1;
         const Crossing found = find_crossing<true>(
@@ -271,7 +287,7 @@ draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds,
         dropped_ties = (target - found.below) / weight_of(t, largest);
     }
 
-    // each warp's share of the weights that are left, those dropped set to zero
+    // those that tie at t are counted in index order, so each warp has a share of the codes
     const int share = (n + THREADS - 1) / THREADS * WARP, from = warp * share, until = min(from + share, n);
     Measure ties = 0;
     if (dropped_ties > 0) {
@@ -282,7 +298,7 @@ draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds,
         __syncthreads();
         for (int other = 0; other < warp; ++other) ties += s.ties[other];
     }
-    Measure sum = 0;
+    Runner first{0, MOST_CODES};
     for (int i = from + lane; i - lane < until; i += WARP) {
         const float x = i < until ? logit(i) : -INFINITY;
         bool drop = x < t;
@@ -291,33 +307,23 @@ draw_kernel(const float* __restrict__ logits, const int64_t* __restrict__ seeds,
             drop = drop || (x == t && ties + __popc(lanes & lanes_before) < dropped_ties);
             ties += __popc(lanes);
         }
-        if (i >= until) continue;
-        if (drop) kept[i] &= INDEX_MASK;
-        sum += kept[i] >> INDEX_BITS;
+        if (drop || i >= until) continue;
+        const int code = static_cast<int>(kept[i] & INDEX_MASK);
+        const Philox four = philox_block(seeds[image], TOKEN_STREAM, scale, token, code / 4);
+        const uint32_t* const w = four.word;  // no index that only the thread knows: the words are in registers
+        const uint32_t word = code & 2 ? (code & 1 ? w[3] : w[2]) : (code & 1 ? w[1] : w[0]);
+        const double result = exp(static_cast<double>(x) - static_cast<double>(largest)) / -log(uniform_of(word));
+        if (result > first.result) first = {result, code};
     }
-    sum = lanes_sum(sum);
-    if (lane == 0) s.warps[1][warp] = sum;
+    first = lanes_winner(first);
+    if (lane == 0) {
+        s.results[warp] = first.result;
+        s.codes[warp] = first.code;
+    }
     __syncthreads();
-
-    // the first at which the running sum exceeds u * left: the warp it is in, then the lane
-    Measure left = 0, running = 0;
-    for (int other = 0; other < WARPS; ++other) {
-        if (other == warp) running = left;
-        left += s.warps[1][other];
-    }
-    const Measure u = philox_block(seeds[image], TOKEN_STREAM, scale, token, 0).word[0] >> 8;  // times 2^-24
-    const Measure threshold = (left >> 24) * u + ((left & 0xffffff) * u >> 24);
-    if (running > threshold || running + sum <= threshold) return;
-    for (int i = from + lane;; i += WARP) {
-        const Measure packed = i < until ? kept[i] : 0;
-        const Measure through = running + lanes_running_sum(packed >> INDEX_BITS);
-        const unsigned above = __ballot_sync(ALL_LANES, through > threshold);
-        if (above != 0) {
-            if (lane == __ffs(above) - 1) idx[at] = static_cast<int64_t>(packed & INDEX_MASK);
-            return;
-        }
-        running = __shfl_sync(ALL_LANES, through, WARP - 1);
-    }
+    if (warp > 0) return;
+    first = lanes_winner(lane < WARPS ? Runner{s.results[lane], s.codes[lane]} : Runner{0, MOST_CODES});
+    if (lane == 0) idx[at] = first.code;
 }
 
 }  // namespace

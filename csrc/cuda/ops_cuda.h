@@ -32,8 +32,8 @@ void scale_attention(const void* q, const void* k_cache, const void* v_cache, Ty
                      int64_t H, int64_t D, int64_t length, int64_t capacity, void* out, void* scratch, void* stream);
 int64_t scale_attention_scratch_bytes(int64_t R, int64_t l, int64_t H, int64_t D, int64_t length);
 
-// Draws one index per row of guided logits (B, l, V), V <= 16384; contract: var_fast/ops/sample_tokens.py, with u of
-// (seed of the image, TOKEN_STREAM, scale, token). Weights are whole multiples of 2^-49 of the largest, sums exact.
+// Draws one index per row of guided logits (B, l, V), V <= 16384; contract: var_fast/ops/sample_tokens.py. For top-p
+// weights are whole multiples of 2^-49 of the largest, sums exact.
 // (V above 12800 takes more shared memory than sm_80 has.)
 // bad[scale * B + image] becomes 1 (and idx 0) where a logit of the image is not finite.
 void draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,

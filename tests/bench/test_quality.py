@@ -85,7 +85,7 @@ def test_float32_is_the_reference_and_bfloat16_is_not():
     assert float32["skipped"] is None
 
     assert bfloat16["dtype"] == "bfloat16"
-    assert 0.5 < bfloat16["token_agreement"] < 1  # 0.87 over 16 images
+    assert 0.9 < bfloat16["token_agreement"] < 1
     lengths = [1, 4, 9, 16, 25, 36, 64]
     mean = sum(a * l for a, l in zip(bfloat16["agreement_per_scale"], lengths)) / sum(lengths)
     assert bfloat16["token_agreement"] == pytest.approx(mean, abs=1e-6)
@@ -99,6 +99,12 @@ def test_float32_is_the_reference_and_bfloat16_is_not():
     assert "cannot run on cpu" in absent["skipped"] and "\n" not in absent["skipped"]
     json.dumps([float32, bfloat16, absent], allow_nan=False)
     assert os.environ.get(VARIABLE) == before
+
+
+def test_bfloat16_draws_the_tokens_of_float32():
+    """97% is asked; over all 75 classes it is 99.3%, of float16 99.8%."""
+    (row,) = quality_rows([("var_fast", "bfloat16", "auto")], range(0, 75, 3), [0] * 25, "cpu")
+    assert row["token_agreement"] > 0.985
 
 
 def test_a_wrong_decoder_shows_though_the_tokens_agree(monkeypatch):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.cuda.operators import Operators
+from tests.ops.close_draws import photo_finishes
 from var_fast.engine.native_model import tap_weights
-from var_fast.engine.philox import uniforms
 from var_fast.ops.pyramid_update import pyramid_update_reference
 from var_fast.ops.sample_tokens import sample_tokens_reference
 
@@ -113,8 +113,7 @@ def token_logits(kind: str, B, l, V, seed) -> torch.Tensor:
 def check_draw_tokens(ops: Operators, B, l, V, top_k, top_p, kind="normal", scale=3, seed=0):
     logits = token_logits(kind, B, l, V, seed)
     seeds = torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator(seed + 1))
-    u = uniforms(seeds, 0, scale, l).squeeze(-1)
-    expected = sample_tokens_reference(logits.double(), None, 0.0, top_k, top_p, u)
+    expected = sample_tokens_reference(logits.double(), None, 0.0, top_k, top_p, seeds, scale)
     bad = ops.place(torch.zeros(scale + 1, B, dtype=torch.int32))
     idx = ops.draw_tokens(ops.place(logits), ops.place(seeds), scale, top_k, top_p, bad)
     assert torch.equal(idx.cpu(), expected)
@@ -122,20 +121,13 @@ def check_draw_tokens(ops: Operators, B, l, V, top_k, top_p, kind="normal", scal
     return idx
 
 
-def check_draw_tokens_close_calls(ops: Operators, rows=64, scale=2):
-    """Cumulative probabilities 1e-11 to either side of u: code 1 fills what code 0 leaves open, or not quite."""
-    u = uniforms(torch.tensor([7]), 0, scale, rows).double().flatten()
-    logits = torch.zeros(1, rows, 3)
-    odds = (u / (1 - u)).log()
-    logits[0, :, 0] = odds.float()
-    logits[0, :, 0] -= odds.abs() * 2**-23 + 2**-22  # certainly less than u
-    open_ = u / (1 - u) - logits[0, :, 0].double().exp()  # the weight missing, in units of code 2's
-    logits[0, :, 1] = (open_.log() + torch.tensor([1e-4, -1e-4]).repeat(rows // 2)).float()
-    expected = sample_tokens_reference(logits.double(), None, 0.0, 0, 0.0, u.view(1, -1))
-    bad = ops.place(torch.zeros(scale + 1, 1, dtype=torch.int32))
-    idx = ops.draw_tokens(ops.place(logits), ops.place(torch.tensor([7])), scale, 0, 0.0, bad)
-    assert torch.equal(idx.cpu(), expected)
-    assert set(expected.flatten().tolist()) == {1, 2}
+def check_draw_tokens_close_calls(ops: Operators, l=64, scale=2):
+    seed = torch.tensor([7])
+    for margin, winner in ((1e-11, 0), (-1e-11, 1)):
+        logits = photo_finishes(7, scale, l, margin)
+        bad = ops.place(torch.zeros(scale + 1, 1, dtype=torch.int32))
+        idx = ops.draw_tokens(ops.place(logits), ops.place(seed), scale, 0, 0.0, bad)
+        assert idx.unique().tolist() == [winner]
 
 
 def check_draw_tokens_not_finite(ops: Operators, bad_value):

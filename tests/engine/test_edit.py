@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from tests.models.golden_util import load_case
 from var_fast import Sampler, load_checkpoint
 from var_fast.engine.edit import kept_tokens, sampled_tokens
-from var_fast.engine.mixed_codes import TOKEN_STREAM
-from var_fast.engine.philox import uniforms
 from var_fast.errors import UserError
 from var_fast.images import psnr
 from var_fast.ops import sample_tokens
@@ -126,8 +124,7 @@ def test_tokens_are_the_pictures_or_the_drawn_ones(sampler, images):
 
     def draw(si, cond_BlV, uncond_BlV, t):
         nonlocal changed
-        u_Bl = uniforms(seeds, TOKEN_STREAM, si, patch_nums[si] ** 2).squeeze(-1)
-        idx_Bl = sample_tokens(cond_BlV, uncond_BlV, t, OPTIONS["top_k"], OPTIONS["top_p"], u_Bl)
+        idx_Bl = sample_tokens(cond_BlV, uncond_BlV, t, OPTIONS["top_k"], OPTIONS["top_p"], seeds, si)
         for b in range(2):
             for place in range(idx_Bl.shape[1]):
                 if not sampled[si][place]:

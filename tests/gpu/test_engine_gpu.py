@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.quality import quality_rows
 from tests.engine import test_native_loop as on_cpu
 from tests.models.golden_util import CASES, load_case
 from var_fast import Sampler, load_checkpoint
@@ -126,3 +127,10 @@ def test_stream_and_published_draws(case):
     torch.testing.assert_close(last, sampler.sample(LABELS, SEEDS), atol=1e-4, rtol=0)
     image_B3HW = case.var.autoregressive_infer_cfg(2, torch.tensor([1, 2], device=DEVICE), g_seed=3, top_k=1)
     assert case.var._native is not None and torch.isfinite(image_B3HW).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types_draw_the_tokens_of_float32(dtype):
+    """97% is asked; on a CPU bfloat16 draws 99.3%, float16 99.8%."""
+    (row,) = quality_rows([("var_fast", dtype, "auto")], range(75), [0] * 75, "cuda")
+    assert row["token_agreement"] > 0.985

@@ -10,10 +10,10 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from tests.ops.close_draws import near_ties
 from var_fast import _C
-from var_fast.engine.philox import uniforms
 from var_fast.ops.pyramid_update import pyramid_update_reference
-from var_fast.ops.sample_tokens import filter_logits_, sample_tokens_reference
+from var_fast.ops.sample_tokens import sample_tokens_reference
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -127,15 +127,6 @@ def draw_tokens(logits, seeds, scale, top_k, top_p, threads=2):
     return idx if bad < 0 else bad
 
 
-def near_ties(logits, top_k, top_p, u):
-    """(B, l) bool: where a cumulative probability lies within float64 rounding of 1 - top_p or of u."""
-    guided = filter_logits_(logits.double(), top_k, 0.0)
-    ascending = guided.sort(dim=-1).values.softmax(dim=-1).cumsum(dim=-1)
-    running = filter_logits_(guided, 0, top_p).softmax(dim=-1).cumsum(dim=-1)
-    at_p = ((ascending - (1 - top_p)).abs() < 1e-12).any(dim=-1) & (0 < top_p < 1)
-    return at_p | ((running - u.unsqueeze(-1)).abs() < 1e-12).any(dim=-1)
-
-
 def check_draw_tokens():
     """Continuous logits, and few levels of them, where most tie; sizes on both sides of every vector's."""
     g = torch.Generator().manual_seed(4)
@@ -147,11 +138,10 @@ def check_draw_tokens():
             logits = torch.randint(-levels, levels, (B, l, V), generator=g).float() * spread
         logits[0, 0] *= -0.0  # zeros of both signs, which tie
         seeds = torch.randint(-(2**62), 2**62, (B,), generator=g)
-        u = uniforms(seeds, 0, scale, l)[..., 0]
         for top_k, top_p in [(0, 0.0), (1, 0.0), (V // 4, 0.96), (0, 0.5), (V, 1.0), (7, 1e-9), (2 * V, 0.999)]:
-            right = sample_tokens_reference(logits, None, 0.0, top_k, top_p, u)
+            right = sample_tokens_reference(logits, None, 0.0, top_k, top_p, seeds, scale)
             found = draw_tokens(logits, seeds, scale, top_k, top_p)
-            sure = ~near_ties(logits, top_k, top_p, u)
+            sure = ~near_ties(logits, None, 0.0, top_k, top_p, seeds, scale)
             assert torch.equal(found[sure], right[sure]), (V, levels, spread, top_k, top_p)
             unsure += int((~sure).sum())
     assert unsure < 500  # of 10080

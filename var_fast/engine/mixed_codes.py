@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from var_fast.engine.philox import uniforms
 from var_fast.models.published_draws import smoothing
 from var_fast.ops import filter_logits_
-
-TOKEN_STREAM, GUMBEL_STREAM = 0, 1
+from var_fast.ops.philox import GUMBEL_STREAM, exponentials
 
 
 def mixed_codes(
@@ -24,6 +22,5 @@ def mixed_codes(
     image's own random numbers."""
     sharpness, tau = smoothing(si, num_scales)
     logits_BlV = filter_logits_(logits_BlV.clone(), top_k, top_p) * sharpness
-    u_BlV = uniforms(seed_B, GUMBEL_STREAM, si, *logits_BlV.shape[1:])
-    gumbel_BlV = -torch.log(-torch.log(u_BlV.clamp_min(2**-25)))
+    gumbel_BlV = exponentials(seed_B, GUMBEL_STREAM, si, *logits_BlV.shape[1:]).log_().neg_().float()
     return ((logits_BlV + gumbel_BlV) / tau).softmax(dim=-1) @ codebook_VC

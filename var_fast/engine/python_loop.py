@@ -7,9 +7,8 @@ from contextlib import nullcontext
 
 import torch
 
-from var_fast.engine.mixed_codes import TOKEN_STREAM, mixed_codes
+from var_fast.engine.mixed_codes import mixed_codes
 from var_fast.engine.options import SamplingOptions, final_image
-from var_fast.engine.philox import uniforms
 from var_fast.models import VAR
 from var_fast.models.var import check_finite
 from var_fast.ops import sample_tokens
@@ -42,8 +41,7 @@ class PythonLoop:
 
         def draw(si, cond_BlV, uncond_BlV, t):
             check_finite(cond_BlV if uncond_BlV is None else cond_BlV + uncond_BlV, si)
-            u_Bl = uniforms(seed_B, TOKEN_STREAM, si, cond_BlV.shape[1]).squeeze(-1)
-            idx_Bl, codes_BlC = sample_tokens(cond_BlV, uncond_BlV, t, top_k, top_p, u_Bl), None
+            idx_Bl, codes_BlC = sample_tokens(cond_BlV, uncond_BlV, t, top_k, top_p, seed_B, si), None
             if more_smooth:
                 logits_BlV = cond_BlV if uncond_BlV is None else (1 + t) * cond_BlV - t * uncond_BlV
                 codes_BlC = mixed_codes(logits_BlV, seed_B, si, len(var.patch_nums), top_k, top_p, codebook_VC)

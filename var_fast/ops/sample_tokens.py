@@ -8,6 +8,7 @@ import torch
 
 from var_fast.errors import UserError
 from var_fast.ops.backend import choose_backend
+from var_fast.ops.philox import TOKEN_STREAM, exponentials
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -18,18 +19,23 @@ def sample_tokens(
     guidance: float,
     top_k: int,
     top_p: float,
-    u_Bl: torch.Tensor,
+    seed_B: torch.Tensor,
+    scale: int,
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Draw one code index for every token.
 
     The guided logits are (1 + guidance) cond - guidance uncond, or cond where `uncond_BlV` is None. Of them top-k and
-    then top-p keep some (see `filter_logits_`). The index drawn is the first, in index order, at which the running
-    sum of the kept probabilities exceeds u times their total: the inverse of their cumulative distribution at u.
+    then top-p keep some (see `filter_logits_`). The index is drawn from their softmax p by a race: each code v has an
+    exponential random number E_v of its own, and the one of the least E_v / p_v wins, which is v with probability p_v
+    (it is the Gumbel-max trick). Logits that are off by a little, probabilities q, draw another code with probability
+    sum |p_v - q_v| at most. The inverse of the cumulative distribution, which needs one random number only, has every
+    code after one that is off shifted, and draws some ten times as many others.
 
     Every backend computes in float64, so that they answer alike, whatever the type of the logits. They may differ
-    only where a cumulative probability meets 1 - top_p or u to within float64 rounding (1e-12).
+    only where a cumulative probability meets 1 - top_p, or the two first of the race each other, to within float64
+    rounding (1e-12).
 
     It is the operator torch.ops.var_fast.sample_tokens, so torch.compile takes it as one node; it has no gradient.
 
@@ -38,7 +44,9 @@ def sample_tokens(
         guidance: strength t of classifier-free guidance at this scale; 0 is no guidance.
         top_k: number of codes kept, ties with the last one included; 0 or V and more: all.
         top_p: probability mass kept, in [0, 1]; 0 or 1: all.
-        u_Bl: uniform random numbers in [0, 1), (B, l), float32 or float64.
+        seed_B: the images' seeds, (B,) int64; with `scale`, token and code they make the random numbers
+            (`philox.exponentials`), so an image's draws do not depend on the others.
+        scale: which token map this is, in [0, 2^32).
         backend: "auto", "reference" or "native" (CPU).
 
     Returns:
@@ -48,7 +56,14 @@ def sample_tokens(
         UserError: an argument of the wrong shape, dtype or range; logits that are not finite.
     """
     return torch.ops.var_fast.sample_tokens.default(
-        cond_BlV, uncond_BlV, float(guidance), min(int(top_k), cond_BlV.shape[-1]), float(top_p), u_Bl, backend
+        cond_BlV,
+        uncond_BlV,
+        float(guidance),
+        min(int(top_k), cond_BlV.shape[-1]),
+        float(top_p),
+        seed_B,
+        int(scale),
+        backend,
     )
 
 
@@ -58,10 +73,11 @@ def sample_tokens_reference(
     guidance: float,
     top_k: int,
     top_p: float,
-    u_Bl: torch.Tensor,
+    seed_B: torch.Tensor,
+    scale: int,
 ) -> torch.Tensor:
     """`sample_tokens` in plain PyTorch, on any device: its definition."""
-    return _sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl, "reference")
+    return _sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale, "reference")
 
 
 def filter_logits_(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -86,48 +102,51 @@ def filter_logits_(logits_BlV: torch.Tensor, top_k: int, top_p: float) -> torch.
     return logits_BlV
 
 
-def _sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl, backend) -> torch.Tensor:
-    _check_tensors(cond_BlV, uncond_BlV, u_Bl)
+def _sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale, backend) -> torch.Tensor:
+    _check_tensors(cond_BlV, uncond_BlV, seed_B)
     _check_filter(top_k, top_p)
     if not math.isfinite(guidance):
         raise UserError(f"sample_tokens: guidance is {guidance}, expected a finite number")
-    if not ((u_Bl >= 0) & (u_Bl < 1)).all():
-        raise UserError("u_Bl has values outside [0, 1)")
+    if not 0 <= scale < 2**32:
+        raise UserError(f"scale is {scale}, expected a number in [0, 2^32)")
     run = {"reference": _run_reference, "native": _run_native}[
         choose_backend("sample_tokens", cond_BlV.device, backend)
     ]
     with torch.no_grad():
-        return run(cond_BlV, uncond_BlV, float(guidance), int(top_k), float(top_p), u_Bl)
+        return run(cond_BlV, uncond_BlV, float(guidance), int(top_k), float(top_p), seed_B, int(scale))
 
 
-def _fake_sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl, backend) -> torch.Tensor:
-    _check_tensors(cond_BlV, uncond_BlV, u_Bl)
+def _fake_sample(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale, backend) -> torch.Tensor:
+    _check_tensors(cond_BlV, uncond_BlV, seed_B)
     return cond_BlV.new_empty(cond_BlV.shape[:2], dtype=torch.int64)
 
 
 # Not torch.library.custom_op: its wrapper costs 0.2 ms a call and imports torch._dynamo (seconds) at the first.
 torch.library.define(
     "var_fast::sample_tokens",
-    "(Tensor cond_BlV, Tensor? uncond_BlV, float guidance, int top_k, float top_p, Tensor u_Bl, str backend) -> Tensor",
+    "(Tensor cond_BlV, Tensor? uncond_BlV, float guidance, int top_k, float top_p, Tensor seed_B, "
+    "int scale, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("var_fast::sample_tokens", "CompositeExplicitAutograd", _sample)
 torch.library.register_fake("var_fast::sample_tokens", _fake_sample)
 
 
-def _run_reference(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl) -> torch.Tensor:
+def _run_reference(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale) -> torch.Tensor:
     guided_BlV = cond_BlV.to(torch.float64, copy=True)
     if uncond_BlV is not None:
         guided_BlV = (1 + guidance) * guided_BlV - guidance * uncond_BlV.to(torch.float64)
     finite_B = guided_BlV.isfinite().flatten(1).all(dim=1)
     if not finite_B.all():
         _raise_not_finite(int(finite_B.logical_not().nonzero()[0]))
-    running_BlV = filter_logits_(guided_BlV, top_k, top_p).softmax(dim=-1).cumsum_(dim=-1)
-    threshold_Bl1 = u_Bl.to(torch.float64).unsqueeze(-1) * running_BlV[..., -1:]
-    return (running_BlV <= threshold_Bl1).sum(dim=-1)
+    p_BlV = filter_logits_(guided_BlV, top_k, top_p).softmax(dim=-1)
+    l, V = p_BlV.shape[1:]
+    for p_blV, seed_b in zip(p_BlV.split(8), seed_B.split(8), strict=True):  # Philox takes several times their memory
+        p_blV /= exponentials(seed_b, TOKEN_STREAM, scale, l, V)
+    return p_BlV.argmax(dim=-1)
 
 
-def _run_native(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl) -> torch.Tensor:
+def _run_native(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale) -> torch.Tensor:
     from var_fast import _C
 
     B, l, V = cond_BlV.shape
@@ -135,23 +154,25 @@ def _run_native(cond_BlV, uncond_BlV, guidance, top_k, top_p, u_Bl) -> torch.Ten
     dtype = torch.float64 if cond_BlV.dtype == torch.float64 else torch.float32
     cond = cond_BlV.to(dtype).contiguous()
     uncond = None if uncond_BlV is None else uncond_BlV.to(dtype).contiguous()
-    u = u_Bl.to(torch.float64).contiguous()
+    seeds = seed_B.contiguous()
     idx_Bl = torch.empty(B, l, dtype=torch.int64)
-    bad_row = _C.sample_tokens(
+    bad_image = _C.sample_tokens(
         cond.data_ptr(),
         0 if uncond is None else uncond.data_ptr(),
         dtype == torch.float64,
-        B * l,
+        B,
+        l,
         V,
         guidance,
         top_k,
         top_p,
-        u.data_ptr(),
+        seeds.data_ptr(),
+        scale,
         idx_Bl.data_ptr(),
         torch.get_num_threads(),
     )
-    if bad_row >= 0:
-        _raise_not_finite(bad_row // l)
+    if bad_image >= 0:
+        _raise_not_finite(bad_image)
     return idx_Bl
 
 
@@ -166,7 +187,7 @@ def _check_filter(top_k: int, top_p: float) -> None:
         raise UserError(f"top_p is {top_p}, expected a number in [0, 1] (0 or 1: off)")
 
 
-def _check_tensors(cond_BlV: torch.Tensor, uncond_BlV: torch.Tensor | None, u_Bl: torch.Tensor) -> None:
+def _check_tensors(cond_BlV: torch.Tensor, uncond_BlV: torch.Tensor | None, seed_B: torch.Tensor) -> None:
     if cond_BlV.ndim != 3 or cond_BlV.shape[-1] == 0:
         raise UserError(f"cond_BlV has shape {tuple(cond_BlV.shape)}, expected (B, l, V) with V > 0")
     if cond_BlV.dtype not in _FLOATS:
@@ -176,10 +197,8 @@ def _check_tensors(cond_BlV: torch.Tensor, uncond_BlV: torch.Tensor | None, u_Bl
             f"uncond_BlV is {tuple(uncond_BlV.shape)} {uncond_BlV.dtype}, "
             f"expected cond_BlV's {tuple(cond_BlV.shape)} {cond_BlV.dtype}"
         )
-    devices = {x.device for x in (cond_BlV, uncond_BlV, u_Bl) if x is not None}
+    devices = {x.device for x in (cond_BlV, uncond_BlV, seed_B) if x is not None}
     if len(devices) > 1:
-        raise UserError(f"logits and u_Bl are on {', '.join(sorted(map(str, devices)))}, expected one device")
-    if u_Bl.shape != cond_BlV.shape[:2] or u_Bl.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"u_Bl is {tuple(u_Bl.shape)} {u_Bl.dtype}, expected {tuple(cond_BlV.shape[:2])} float32 or float64"
-        )
+        raise UserError(f"logits and seed_B are on {', '.join(sorted(map(str, devices)))}, expected one device")
+    if seed_B.shape != cond_BlV.shape[:1] or seed_B.dtype != torch.int64:
+        raise UserError(f"seed_B is {tuple(seed_B.shape)} {seed_B.dtype}, expected ({cond_BlV.shape[0]},) int64")

@@ -9,6 +9,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW32 = 0xFFFFFFFF
 
+TOKEN_STREAM, GUMBEL_STREAM = 0, 1  # the draws of sample_tokens, those of mixed_codes
+
 
 def philox4x32(counter_N4: torch.Tensor, key_N2: torch.Tensor) -> torch.Tensor:
     """Four random 32-bit words for each counter of four words under a key of two: (N, 4), (N, 2) -> (N, 4), int64 in
@@ -28,18 +30,18 @@ def philox4x32(counter_N4: torch.Tensor, key_N2: torch.Tensor) -> torch.Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def uniforms(seeds_B: torch.Tensor, stream: int, scale: int, tokens: int, per_token: int = 1) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (B, tokens, per_token) float32, a function of (seed, stream, scale, token, place)
-    only.
+def exponentials(seed_B: torch.Tensor, stream: int, scale: int, tokens: int, per_token: int) -> torch.Tensor:
+    """Exponential random numbers of mean 1, (B, tokens, per_token) float64, a function of (seed, stream, scale, token,
+    place) only: -log((word + 1/2) / 2^32), from 1.2e-10 to 22.9.
 
-    Seeds are int64; `stream` keeps numbers of different use apart. 24 bits each: every value is exact in float32.
+    Seeds are int64; `stream` keeps numbers of different use apart.
     """
-    device, B, blocks = seeds_B.device, seeds_B.shape[0], -(-per_token // 4)
+    device, B, blocks = seed_B.device, seed_B.shape[0], -(-per_token // 4)
     counter_BlN4 = torch.empty(B, tokens, blocks, 4, dtype=torch.int64, device=device)
     counter_BlN4[..., 0] = torch.arange(blocks, device=device)
     counter_BlN4[..., 1] = torch.arange(tokens, device=device).unsqueeze(-1)
     counter_BlN4[..., 2] = scale
     counter_BlN4[..., 3] = stream
-    key_B2 = torch.stack((seeds_B & _LOW32, (seeds_B >> 32) & _LOW32), dim=-1)
+    key_B2 = torch.stack((seed_B & _LOW32, (seed_B >> 32) & _LOW32), dim=-1)
     words_BlN4 = philox4x32(counter_BlN4, key_B2[:, None, None].expand(B, tokens, blocks, 2))
-    return ((words_BlN4 >> 8).float() * 2**-24).flatten(2)[..., :per_token]
+    return words_BlN4.flatten(2)[..., :per_token].double().add_(0.5).mul_(2**-32).log_().neg_()
