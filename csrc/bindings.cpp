@@ -121,6 +121,18 @@ void cpu_conv3x3(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residu
                            h, w, Cin, Cout, reinterpret_cast<float*>(y), threads);
 }
 
+void cpu_conv3x3_bf16_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::conv3x3_bf16_pack(pointer<float>(weight), Cin, Cout, writable<void>(packed));
+}
+
+void cpu_conv3x3_bf16(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, int64_t B, int64_t h, int64_t w,
+                      int64_t Cin, int64_t Cout, uintptr_t y, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::conv3x3_bf16(pointer<void>(x), pointer<void>(packed), pointer<float>(bias), pointer<void>(residual), B,
+                                h, w, Cin, Cout, writable<void>(y), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -167,6 +179,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_conv3x3_packed_bytes", &var_fast::cpu::conv3x3_packed_bytes, py::arg("Cin"), py::arg("Cout"));
     m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
     m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
+          py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_conv3x3_bf16_packed_bytes", &var_fast::cpu::conv3x3_bf16_packed_bytes, py::arg("Cin"), py::arg("Cout"));
+    m.def("cpu_conv3x3_bf16_pack", &cpu_conv3x3_bf16_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"),
+          py::arg("packed"));
+    m.def("cpu_conv3x3_bf16", &cpu_conv3x3_bf16, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
           py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
 #ifdef VAR_FAST_WITH_CUDA
     var_fast::bind_cuda(m);

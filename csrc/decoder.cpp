@@ -51,11 +51,12 @@ void convolve_and_add(const at::Tensor& sum_BChw, const at::Tensor& x_BChw, cons
     op.callBoxed(stack);
 }
 
-// Winograd's weights are four times as many, and made anew for every call rather than kept: that pays where there are
+// Winograd's weights in float32 are four times as many, and made anew for every call rather than kept: that pays where there are
 // many pixels for each.
 constexpr int64_t WINOGRAD_PIXELS = 64 * 64;
 
 bool suits_winograd(const at::Tensor& x_BChw, const Conv& layer) {
+    if (layer.winograd > 0) return true;
     return x_BChw.is_cpu() && x_BChw.scalar_type() == at::kFloat && layer.padding == 1 && layer.weight.size(2) == 3 &&
            layer.weight.size(0) >= 32 && layer.weight.size(1) >= 32 && x_BChw.size(2) * x_BChw.size(3) >= WINOGRAD_PIXELS;
 }
@@ -96,7 +97,8 @@ private:
 
     at::Tensor conv(const at::Tensor& x_BChw, const Conv& layer) {
         if (!suits_winograd(x_BChw, layer)) return convolve(x_BChw, layer);
-        const at::Tensor y = at::empty({x_BChw.size(0), layer.weight.size(0), x_BChw.size(2), x_BChw.size(3)},
+        const int64_t out = layer.winograd > 0 ? layer.winograd : layer.weight.size(0);
+        const at::Tensor y = at::empty({x_BChw.size(0), out, x_BChw.size(2), x_BChw.size(3)},
                                        x_BChw.options().memory_format(CHANNELS_LAST));
         winograd(x_BChw, layer, nullptr, y);
         return y;
@@ -104,17 +106,26 @@ private:
 
     void conv_and_add(const at::Tensor& sum_BChw, const at::Tensor& x_BChw, const Conv& layer) {
         if (!suits_winograd(x_BChw, layer)) return convolve_and_add(sum_BChw, x_BChw, layer);
-        winograd(x_BChw, layer, sum_BChw.const_data_ptr<float>(), sum_BChw);
+        winograd(x_BChw, layer, sum_BChw.const_data_ptr(), sum_BChw);
     }
 
-    void winograd(const at::Tensor& x_BChw, const Conv& layer, const float* residual, const at::Tensor& y_BChw) {
+    void winograd(const at::Tensor& x_BChw, const Conv& layer, const void* residual, const at::Tensor& y_BChw) {
         RECORD_USER_SCOPE("op:convolution");  // see leaf.h
-        const int64_t in = x_BChw.size(1), out = layer.weight.size(0);
+        const int64_t B = x_BChw.size(0), in = x_BChw.size(1), h = x_BChw.size(2), w = x_BChw.size(3);
+        const int64_t out = y_BChw.size(1);
+        const float* const bias = layer.bias.const_data_ptr<float>();
+        if (layer.winograd > 0) {
+            TORCH_CHECK(layer.weight.nbytes() == static_cast<size_t>(cpu::conv3x3_bf16_packed_bytes(in, out)),
+                        "a 3x3 convolution's weight does not fit ", in, " channels");
+            cpu::conv3x3_bf16(x_BChw.const_data_ptr(), layer.weight.const_data_ptr(), bias, residual, B, h, w, in, out,
+                              y_BChw.mutable_data_ptr(), place_.threads);
+            return;
+        }
         const int64_t floats = cpu::conv3x3_packed_bytes(in, out) / static_cast<int64_t>(sizeof(float));
         if (!packed_.defined() || packed_.numel() < floats) packed_ = at::empty({floats}, x_BChw.options());
         cpu::conv3x3_pack(layer.weight.const_data_ptr<float>(), in, out, packed_.mutable_data_ptr<float>());
-        cpu::conv3x3(x_BChw.const_data_ptr<float>(), packed_.const_data_ptr<float>(), layer.bias.const_data_ptr<float>(),
-                     residual, x_BChw.size(0), x_BChw.size(2), x_BChw.size(3), in, out, y_BChw.mutable_data_ptr<float>(),
+        cpu::conv3x3(x_BChw.const_data_ptr<float>(), packed_.const_data_ptr<float>(), bias,
+                     static_cast<const float*>(residual), B, h, w, in, out, y_BChw.mutable_data_ptr<float>(),
                      place_.threads);
     }
 

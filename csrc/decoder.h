@@ -16,10 +16,12 @@ struct Norm {
 };
 
 // `packed`: by mkldnn_reorder_conv2d_weight, for this padding. On CUDA the bias is float32.
+// `winograd`: the output channels, where the weight is cpu::conv3x3_bf16_pack's and the bias is float32; else 0.
 struct Conv {
     at::Tensor weight, bias;
     int64_t padding = 0;
     bool packed = false;
+    int64_t winograd = 0;
 };
 
 // One step of the decoder, in the order in which they run; what a kind does not use is empty.

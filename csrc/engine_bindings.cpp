@@ -65,9 +65,10 @@ void bind_engine(py::module_& m) {
     py::class_<Norm>(m, "Norm").def(py::init([](const at::Tensor& weight_C, const at::Tensor& bias_C, int64_t groups,
                                                 double eps) { return Norm{weight_C, bias_C, groups, static_cast<float>(eps)}; }));
     py::class_<Conv>(m, "Conv").def(
-        py::init([](const at::Tensor& weight, const at::Tensor& bias, int64_t padding, bool packed) {
-            return Conv{weight, bias, padding, packed};
-        }));
+        py::init([](const at::Tensor& weight, const at::Tensor& bias, int64_t padding, bool packed, int64_t winograd) {
+            return Conv{weight, bias, padding, packed, winograd};
+        }),
+        py::arg("weight"), py::arg("bias"), py::arg("padding"), py::arg("packed") = false, py::arg("winograd") = 0);
     py::class_<DecoderStep> step(m, "DecoderStep");
     py::enum_<DecoderStep::Kind>(step, "Kind")
         .value("conv", DecoderStep::Kind::conv)

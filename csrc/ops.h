@@ -54,6 +54,13 @@ void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed)
 void conv3x3(const float* x, const float* packed, const float* bias, const float* residual, int64_t B, int64_t h,
              int64_t w, int64_t Cin, int64_t Cout, float* y, int threads);
 
+// The same of bfloat16 x, residual and y, by F(2x2, 3x3): error about 4e-3 of the result. Needs isa() >= avx512_bf16, else
+// throws std::runtime_error; packing does not.
+int64_t conv3x3_bf16_packed_bytes(int64_t Cin, int64_t Cout);
+void conv3x3_bf16_pack(const float* weight, int64_t Cin, int64_t Cout, void* packed);
+void conv3x3_bf16(const void* x, const void* packed, const float* bias, const void* residual, int64_t B, int64_t h,
+                  int64_t w, int64_t Cin, int64_t Cout, void* y, int threads);
+
 // GELU, tanh form, in place.
 void gelu(void* x, Type type, int64_t n, int threads);
 

@@ -11,6 +11,7 @@
 #include "buffer.h"
 #include "matrix_kernels.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace var_fast::cpu {
 namespace {
@@ -85,9 +86,6 @@ const Kernels& kernels() {
 #endif
     return portable::kernels();
 }
-
-int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
-int64_t cut(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
 
 // Input channels in chunks of 16 m <= CHUNK, output channels in panels of `columns`. Packed weights are
 // (chunk, panel, point, channel of the chunk, column).

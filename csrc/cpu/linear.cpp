@@ -11,6 +11,7 @@
 #include "gelu.h"
 #include "matrix_kernels.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace var_fast::cpu {
 namespace {
@@ -72,9 +73,6 @@ struct Problem {
     bool gelu;
     float* y;
 };
-
-// Rows of the i-th of `parts` tiles, as equal as can be.
-int64_t cut(int64_t rows, int64_t parts, int64_t i) { return rows * i / parts; }
 
 // Panels [begin, end) of y's columns, rows [m_begin, m_end).
 void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {

@@ -13,6 +13,7 @@ from var_fast.models.autoencoder import AttnBlock, Decoder, ResnetBlock
 from var_fast.models.block import MAX_LOG_SCALE
 from var_fast.models.phi import Phi
 
+FEWEST_CHANNELS = 32  # of a convolution that goes by Winograd's way: fewer are less than one of its groups
 PACKED_FOR_ROWS = 256  # a hint for oneDNN's choice of layout; every number from 8 on gives the same
 
 
@@ -87,6 +88,8 @@ class _Packer:
         self._C, self.dtype, self.device = _C, dtype, device
         self.pages = FilePages()
         self.packs = device.type == "cpu" and dtype == torch.bfloat16 and _onednn_packs_bfloat16()
+        # with AMX, oneDNN's products are too fast for what the transforms cost
+        self.winograd = self.packs and _C.cpu_isa() == "avx512_bf16"
 
     def float_linear(self, layer: nn.Linear):
         return self._linear(_float(layer.weight), _float(layer.bias), packed=False)
@@ -106,12 +109,23 @@ class _Packer:
         return self._linear(weight_NK, bias_N, packed=False)
 
     def conv(self, weight: torch.Tensor, bias: torch.Tensor, padding: int):
+        if self.winograd and weight.shape[2:] == (3, 3) and padding == 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS:
+            return self._winograd(weight, bias)
         weight, bias = self._cast(weight), _float(bias) if self.device.type == "cuda" else self._cast(bias)
         if self.dtype != torch.float32:  # a copy anyway, so one in the layout of the maps
             weight = weight.contiguous(memory_format=torch.channels_last)
         if self.packs:
             weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [padding] * 2, [1, 1], [1, 1], 1)
         return self._C.Conv(weight, bias, padding, self.packs)
+
+    def _winograd(self, weight: torch.Tensor, bias: torch.Tensor):
+        out_channels, in_channels = weight.shape[:2]
+        weight_OI33 = _float(weight)
+        size = self._C.cpu_conv3x3_bf16_packed_bytes(in_channels, out_channels)
+        packed = torch.empty(size // 2, dtype=torch.bfloat16)
+        self._C.cpu_conv3x3_bf16_pack(weight_OI33.data_ptr(), in_channels, out_channels, packed.data_ptr())
+        self.pages.give_back(weight)
+        return self._C.Conv(packed, _float(bias), 1, winograd=out_channels)
 
     def decoder(self, vae) -> Iterator:
         """The steps of the tokenizer's decoder, in order."""
