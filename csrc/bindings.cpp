@@ -68,9 +68,51 @@ void cpu_residual_adaln_modulate(uintptr_t x, uintptr_t branch, int branch_type,
                                            M, R, L, C, eps, writable<void>(y), type_of(y_type), threads);
 }
 
-void cpu_gelu(uintptr_t x, int type, int64_t n, int threads) {
+void cpu_residual_adaln_modulate_forward(uintptr_t x, int type, uintptr_t branch, int branch_type, uintptr_t gate,
+                                         uintptr_t scale, uintptr_t shift, int64_t B, int64_t L, int64_t C, float eps,
+                                         uintptr_t x_out, uintptr_t y, int threads) {
     py::gil_scoped_release without_gil;
-    var_fast::cpu::gelu(writable<void>(x), type_of(type), n, threads);
+    var_fast::cpu::residual_adaln_modulate_forward(pointer<void>(x), type_of(type), pointer<void>(branch),
+                                                   type_of(branch_type), pointer<float>(gate), pointer<float>(scale),
+                                                   pointer<float>(shift), B, L, C, eps, writable<void>(x_out),
+                                                   writable<void>(y), threads);
+}
+
+void cpu_residual_adaln_modulate_backward(uintptr_t dx_out, uintptr_t dy, uintptr_t x, int type, uintptr_t branch,
+                                          int branch_type, uintptr_t gate, uintptr_t scale, int64_t B, int64_t L,
+                                          int64_t C, float eps, uintptr_t dx, uintptr_t dbranch, uintptr_t dgate,
+                                          uintptr_t dscale, uintptr_t dshift, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::residual_adaln_modulate_backward(
+        pointer<void>(dx_out), pointer<void>(dy), pointer<void>(x), type_of(type), pointer<void>(branch),
+        type_of(branch_type), pointer<float>(gate), pointer<float>(scale), B, L, C, eps, writable<void>(dx),
+        writable<void>(dbranch), writable<float>(dgate), writable<float>(dscale), writable<float>(dshift), threads);
+}
+
+void cpu_qk_norm_forward(uintptr_t x, int type, uintptr_t scale_H, int64_t tokens, int64_t H, int64_t D, uintptr_t q,
+                         uintptr_t k, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::qk_norm_forward(pointer<void>(x), type_of(type), pointer<float>(scale_H), tokens, H, D,
+                                   writable<void>(q), writable<void>(k), threads);
+}
+
+void cpu_qk_norm_backward(uintptr_t dq, uintptr_t dk, uintptr_t dv, const std::array<int64_t, 9>& strides, uintptr_t x,
+                          int type, uintptr_t scale_H, int64_t B, int64_t L, int64_t H, int64_t D, uintptr_t dx,
+                          uintptr_t dscale_H, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::qk_norm_backward(pointer<void>(dq), pointer<void>(dk), pointer<void>(dv), strides.data(),
+                                    pointer<void>(x), type_of(type), pointer<float>(scale_H), B, L, H, D,
+                                    writable<void>(dx), writable<float>(dscale_H), threads);
+}
+
+void cpu_gelu(uintptr_t x, int type, int64_t n, uintptr_t y, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::gelu(pointer<void>(x), type_of(type), n, writable<void>(y), threads);
+}
+
+void cpu_gelu_backward(uintptr_t dy, uintptr_t x, int type, int64_t n, uintptr_t dx, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::gelu_backward(pointer<void>(dy), pointer<void>(x), type_of(type), n, writable<void>(dx), threads);
 }
 
 void cpu_group_norm_silu(uintptr_t x, int x_type, uintptr_t weight, uintptr_t bias, int64_t B, int64_t hw, int64_t C,
@@ -160,7 +202,21 @@ PYBIND11_MODULE(_C, m) {
           py::arg("branch_type"), py::arg("gate"), py::arg("scale"), py::arg("shift"), py::arg("stride"), py::arg("M"),
           py::arg("R"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("y"), py::arg("y_type"),
           py::arg("threads"));
-    m.def("cpu_gelu", &cpu_gelu, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("threads"));
+    m.def("cpu_residual_adaln_modulate_forward", &cpu_residual_adaln_modulate_forward, py::arg("x"), py::arg("type"),
+          py::arg("branch"), py::arg("branch_type"), py::arg("gate"), py::arg("scale"), py::arg("shift"), py::arg("B"),
+          py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("x_out"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_residual_adaln_modulate_backward", &cpu_residual_adaln_modulate_backward, py::arg("dx_out"), py::arg("dy"),
+          py::arg("x"), py::arg("type"), py::arg("branch"), py::arg("branch_type"), py::arg("gate"), py::arg("scale"),
+          py::arg("B"), py::arg("L"), py::arg("C"), py::arg("eps"), py::arg("dx"), py::arg("dbranch"), py::arg("dgate"),
+          py::arg("dscale"), py::arg("dshift"), py::arg("threads"));
+    m.def("cpu_qk_norm_forward", &cpu_qk_norm_forward, py::arg("x"), py::arg("type"), py::arg("scale_H"),
+          py::arg("tokens"), py::arg("H"), py::arg("D"), py::arg("q"), py::arg("k"), py::arg("threads"));
+    m.def("cpu_qk_norm_backward", &cpu_qk_norm_backward, py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("strides"),
+          py::arg("x"), py::arg("type"), py::arg("scale_H"), py::arg("B"), py::arg("L"), py::arg("H"), py::arg("D"),
+          py::arg("dx"), py::arg("dscale_H"), py::arg("threads"));
+    m.def("cpu_gelu", &cpu_gelu, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_gelu_backward", &cpu_gelu_backward, py::arg("dy"), py::arg("x"), py::arg("type"), py::arg("n"),
+          py::arg("dx"), py::arg("threads"));
     m.def("cpu_group_norm_silu", &cpu_group_norm_silu, py::arg("x"), py::arg("x_type"), py::arg("weight"),
           py::arg("bias"), py::arg("B"), py::arg("hw"), py::arg("C"), py::arg("groups"), py::arg("eps"),
           py::arg("silu"), py::arg("y"), py::arg("y_type"), py::arg("threads"));

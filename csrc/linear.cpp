@@ -77,7 +77,8 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
             layer.packed ? packed_linear(x_MK, layer) : at::linear(x_MK, layer.weight_NK, layer.bias_N);
         if (gelu) {
             RECORD_USER_SCOPE("op:gelu");
-            cpu::gelu(made_MN.mutable_data_ptr(), element_type(made_MN), made_MN.numel(), place.threads);
+            cpu::gelu(made_MN.const_data_ptr(), element_type(made_MN), made_MN.numel(), made_MN.mutable_data_ptr(),
+                      place.threads);
         }
         return made_MN;
     }

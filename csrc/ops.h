@@ -25,6 +25,27 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
                              const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
                              void* y, Type y_type, int threads);
 
+// Training's, with `type` of x, x_out and y; modulations (B, C). x_out is x + gate * branch (nullptr: x_out is not written)
+// and y its norm, of x_out as it is rounded. Backward: x is what x_out was, dx_out its gradient (both nullptr together
+// with branch, and then neither dbranch nor dgate is written); dgate, dscale and dshift (B, C) have the same bits on any
+// number of threads.
+void residual_adaln_modulate_forward(const void* x, Type type, const void* branch, Type branch_type, const float* gate,
+                                     const float* scale, const float* shift, int64_t B, int64_t L, int64_t C, float eps,
+                                     void* x_out, void* y, int threads);
+void residual_adaln_modulate_backward(const void* dx_out, const void* dy, const void* x, Type type, const void* branch,
+                                      Type branch_type, const float* gate, const float* scale, int64_t B, int64_t L,
+                                      int64_t C, float eps, void* dx, void* dbranch, float* dgate, float* dscale,
+                                      float* dshift, int threads);
+
+// Training's qk_norm: x (tokens, 3, H, D) -> q and k (tokens, H, D) at unit length, q then times its head's scale. Backward:
+// dq, dk, dv have unit strides over D and those given over (B, L, H), each three numbers, dq's first; dx as x, and
+// dscale_H (H), with the same bits on any number of threads.
+void qk_norm_forward(const void* x, Type type, const float* scale_H, int64_t tokens, int64_t H, int64_t D, void* q, void* k,
+                     int threads);
+void qk_norm_backward(const void* dq, const void* dk, const void* dv, const int64_t* strides, const void* x, Type type,
+                      const float* scale_H, int64_t B, int64_t L, int64_t H, int64_t D, void* dx, float* dscale_H,
+                      int threads);
+
 // Sampling's qk_norm: qkv (S, l, 3, H, D) -> q and, at tokens [begin, begin + l), one layer's caches of `capacity`
 // tokens; image r of R reads source min(r, S - 1). With scale_H (H): q and k at unit length, as F.normalize makes them,
 // and q times its head's scale; nullptr: split only. q is then multiplied by softmax_scale. Tokens are appended in order:
@@ -61,8 +82,9 @@ void conv3x3_bf16_pack(const float* weight, int64_t Cin, int64_t Cout, void* pac
 void conv3x3_bf16(const void* x, const void* packed, const float* bias, const void* residual, int64_t B, int64_t h,
                   int64_t w, int64_t Cin, int64_t Cout, void* y, int threads);
 
-// GELU, tanh form, in place.
-void gelu(void* x, Type type, int64_t n, int threads);
+// GELU, tanh form, y may be x; dx = dy times its derivative at x, dx may be dy.
+void gelu(const void* x, Type type, int64_t n, void* y, int threads);
+void gelu_backward(const void* dy, const void* x, Type type, int64_t n, void* dx, int threads);
 
 // sample_tokens of guided logits (B, l, V), idx (B, l). Returns -1, or the lowest image whose logits are not finite (its indices are then unspecified).
 int64_t draw_tokens(const float* logits, const int64_t* seeds, int64_t scale, int64_t B, int64_t l, int64_t V,

@@ -15,38 +15,39 @@ struct Modulation {  // per image, rows `stride` floats apart, the last of M for
     int64_t stride, M;
 };
 
-template <class Branch, class Y>
+template <class X, class Branch, class Y>
 struct Rows {
-    // rows [begin, end) of all R * L
-    VAR_FAST_INLINE static void run(float* x, const Branch* branch, const Modulation* per_image, int64_t L, int64_t C,
-                                    float eps, Y* y, int64_t begin, int64_t end) {
+    // rows [begin, end) of all R * L; x_out may be x
+    VAR_FAST_INLINE static void run(const X* x, const Branch* branch, const Modulation* per_image, int64_t L, int64_t C,
+                                    float eps, X* x_out, Y* y, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const int64_t offset = std::min(row / L, per_image->M - 1) * per_image->stride;
             row_of(x + row * C, branch ? branch + row * C : nullptr, per_image->gate + offset,
-                   per_image->scale + offset, per_image->shift + offset, C, eps, y + row * C);
+                   per_image->scale + offset, per_image->shift + offset, C, eps, x_out + row * C, y + row * C);
         }
     }
 
-    VAR_FAST_INLINE static void row_of(float* __restrict x, const Branch* __restrict branch,
-                                       const float* __restrict gate, const float* __restrict scale,
-                                       const float* __restrict shift, int64_t C, float eps, Y* __restrict y) {
+    VAR_FAST_INLINE static void row_of(const X* x, const Branch* __restrict branch, const float* __restrict gate,
+                                       const float* __restrict scale, const float* __restrict shift, int64_t C,
+                                       float eps, X* x_out, Y* __restrict y) {
         float sum = 0;
         if (branch != nullptr) {
 #pragma omp simd reduction(+ : sum)
             for (int64_t c = 0; c < C; ++c) {
-                x[c] += gate[c] * to_float(branch[c]);
-                sum += x[c];
+                store(x_out + c, to_float(x[c]) + gate[c] * to_float(branch[c]));
+                sum += to_float(x_out[c]);
             }
+            x = x_out;
         } else {
 #pragma omp simd reduction(+ : sum)
-            for (int64_t c = 0; c < C; ++c) sum += x[c];
+            for (int64_t c = 0; c < C; ++c) sum += to_float(x[c]);
         }
         // The float32 mean is off by up to its own rounding; the deviations from it say by how much.
         const float mean = sum / static_cast<float>(C);
         float rest = 0, squares = 0;
 #pragma omp simd reduction(+ : rest, squares)
         for (int64_t c = 0; c < C; ++c) {
-            const float deviation = x[c] - mean;
+            const float deviation = to_float(x[c]) - mean;
             rest += deviation;
             squares += deviation * deviation;
         }
@@ -55,9 +56,18 @@ struct Rows {
         const float rstd = 1 / std::sqrt(variance + eps);
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c)
-            store(y + c, ((x[c] - mean) - rest) * rstd * (1 + scale[c]) + shift[c]);
+            store(y + c, ((to_float(x[c]) - mean) - rest) * rstd * (1 + scale[c]) + shift[c]);
     }
 };
+
+template <class X, class Branch, class Y>
+void run_rows(const X* x, const void* branch, const Modulation& per_image, int64_t R, int64_t L, int64_t C, float eps,
+              X* x_out, void* y, int threads) {
+    parallel_for(R * L, threads, std::max<int64_t>(16384 / C, 1), [&](int64_t begin, int64_t end) {
+        dispatch<Rows<X, Branch, Y>>(x, static_cast<const Branch*>(branch), &per_image, L, C, eps, x_out,
+                                     static_cast<Y*>(y), begin, end);
+    });
+}
 
 }  // namespace
 
@@ -68,12 +78,22 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
     const Modulation per_image{branch ? gate : scale, scale, shift, stride, M};
     with_element(branch ? branch_type : Type::f32, [&](auto branch_element) {
         with_element(y_type, [&](auto y_element) {
-            using Branch = decltype(branch_element);
-            using Y = decltype(y_element);
-            parallel_for(R * L, threads, std::max<int64_t>(16384 / C, 1), [&](int64_t begin, int64_t end) {
-                dispatch<Rows<Branch, Y>>(x, static_cast<const Branch*>(branch), &per_image, L, C, eps,
-                                          static_cast<Y*>(y), begin, end);
-            });
+            run_rows<float, decltype(branch_element), decltype(y_element)>(x, branch, per_image, R, L, C, eps, x, y,
+                                                                          threads);
+        });
+    });
+}
+
+void residual_adaln_modulate_forward(const void* x, Type type, const void* branch, Type branch_type, const float* gate,
+                                     const float* scale, const float* shift, int64_t B, int64_t L, int64_t C, float eps,
+                                     void* x_out, void* y, int threads) {
+    if (B * L * C == 0) return;
+    const Modulation per_image{branch ? gate : scale, scale, shift, C, B};
+    with_element(type, [&](auto element) {
+        using X = decltype(element);
+        with_element(branch ? branch_type : type, [&](auto branch_element) {
+            run_rows<X, decltype(branch_element), X>(static_cast<const X*>(x), branch, per_image, B, L, C, eps,
+                                                     static_cast<X*>(x_out), y, threads);
         });
     });
 }

@@ -48,6 +48,14 @@ constexpr float GELU_1 = -2 * 0.79788456f * LOG2_E, GELU_3 = 0.044715f * GELU_1;
 
 VAR_FAST_INLINE float gelu_of(float x) { return x * inverse_of_1_plus_exp2(x * (GELU_3 * (x * x) + GELU_1)); }
 
+// Its derivative: with s = sigmoid(2 u), s + x s (1 - s) 2 u'. Beyond 30 it is 0 or 1 to the last bit.
+VAR_FAST_INLINE float gelu_slope_of(float x) {
+    x = x < -30.0f ? -30.0f : x;
+    x = x > 30.0f ? 30.0f : x;
+    const float s = inverse_of_1_plus_exp2(x * (GELU_3 * (x * x) + GELU_1));
+    return s - x * s * (1 - s) * ((3 / LOG2_E) * GELU_3 * (x * x) + GELU_1 / LOG2_E);
+}
+
 #ifdef VAR_FAST_X86
 VAR_FAST_INLINE_AVX512 __m512 load_avx512(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 
@@ -107,6 +115,17 @@ template <bool HALF>
 VAR_FAST_INLINE_AVX512 __m512 gelu_of(__m512 x) {
     const __m512 factor = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(GELU_3), _mm512_set1_ps(GELU_1));
     return _mm512_mul_ps(x, inverse_of_1_plus_exp2<HALF>(_mm512_mul_ps(x, factor)));
+}
+
+template <bool HALF>
+VAR_FAST_INLINE_AVX512 __m512 gelu_slope_of(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(30), _mm512_max_ps(_mm512_set1_ps(-30), x));
+    const __m512 xx = _mm512_mul_ps(x, x);
+    const __m512 factor = _mm512_fmadd_ps(xx, _mm512_set1_ps(GELU_3), _mm512_set1_ps(GELU_1));
+    const __m512 s = inverse_of_1_plus_exp2<HALF>(_mm512_mul_ps(x, factor));
+    const __m512 twice_slope = _mm512_fmadd_ps(xx, _mm512_set1_ps(3 / LOG2_E * GELU_3), _mm512_set1_ps(GELU_1 / LOG2_E));
+    const __m512 rest = _mm512_mul_ps(_mm512_mul_ps(x, s), _mm512_sub_ps(_mm512_set1_ps(1), s));
+    return _mm512_fnmadd_ps(rest, twice_slope, s);
 }
 #endif
 

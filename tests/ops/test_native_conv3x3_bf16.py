@@ -66,8 +66,8 @@ def bfloat16_case(seed, B, h, w, Cin, Cout):
 @example(0, 1, 40, 36, 32, 64, True, True, 2)  # whole groups and panels
 @example(0, 1, 8, 8, 330, 100, True, True, 2)
 def test_exact_where_nothing_is_rounded(seed, B, h, w, Cin, Cout, with_bias, with_residual, threads):
-    """x of -1, 0, 1 and weights of four times that: transforms, products and sums are whole numbers, and so are results,
-    which bfloat16 holds up to 256: of the weights so many are zero that they stay below."""
+    """x of -1, 0, 1 and weights of four times that: transforms, products and sums are whole numbers, and so are
+    results, which bfloat16 holds up to 256: of the weights so many are zero that they stay below."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(-1, 2, (B, h, w, Cin), generator=g)
     weight = 4 * torch.randint(-1, 2, (Cout, Cin, 3, 3), generator=g)

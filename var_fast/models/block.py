@@ -11,7 +11,7 @@ from torch import nn
 
 from var_fast.models.drop_path import DropPath
 from var_fast.models.kv_cache import KVCache
-from var_fast.ops import adaln_modulate, qk_norm, residual_adaln_modulate, scale_attention
+from var_fast.ops import adaln_modulate, gelu, qk_norm, residual_adaln_modulate, scale_attention
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -50,9 +50,10 @@ class FFN(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
+        self.backend = "auto" if fused_if_available else "reference"
 
     def forward(self, x_BLC: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh")))
+        return self.drop(self.fc2(gelu(self.fc1(x_BLC), backend=self.backend)))
 
 
 class SelfAttention(nn.Module):

@@ -8,6 +8,7 @@ from var_fast.ops.adaln_modulate import (
 )
 from var_fast.ops.backend import choose_backend
 from var_fast.ops.codebook_search import codebook_search, codebook_search_reference
+from var_fast.ops.gelu import gelu, gelu_reference
 from var_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from var_fast.ops.multiscale_quantize import multiscale_quantize, multiscale_quantize_reference
 from var_fast.ops.pyramid_update import pyramid_update, pyramid_update_reference
@@ -23,6 +24,8 @@ __all__ = [
     "codebook_search",
     "codebook_search_reference",
     "filter_logits_",
+    "gelu",
+    "gelu_reference",
     "group_norm_silu",
     "group_norm_silu_reference",
     "multiscale_quantize",

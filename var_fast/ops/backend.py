@@ -21,7 +21,8 @@ CHOICES = ("auto", "reference", "triton", "native")
 FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "adaln_modulate": {"triton": ("cuda",), "native": ("cpu",)},
     "residual_adaln_modulate": {"triton": ("cuda",), "native": ("cpu",)},
-    "qk_norm": {"triton": ("cuda",)},
+    "qk_norm": {"triton": ("cuda",), "native": ("cpu",)},
+    "gelu": {"native": ("cpu",)},
     "scale_attention": {"triton": ("cuda",)},
     "codebook_search": {"triton": ("cuda",)},
     "multiscale_quantize": {"triton": ("cuda",)},

@@ -16,10 +16,10 @@ def as_float32(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-def misfit(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+def misfit(x: torch.Tensor, *others: torch.Tensor | None, differentiable: bool = False) -> str | None:
     """Why a native operator cannot take these tensors (its result is of x's type), or None if it can."""
     tensors = [x, *(other for other in others if other is not None)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not differentiable and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it has no gradient, and an input requires one (call it under torch.no_grad())"
     if x.dtype not in TYPES:
         return f"it computes in float32 or bfloat16, and was given {x.dtype}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from var_fast.ops.backend import BackendUnavailable, choose_backend
+from var_fast.ops.backend import BackendUnavailable, choose_backend, named_backend, native_problem
 from var_fast.ops.library import register
 
 HEAD_SIZES = (32, 64, 96, 128)
@@ -67,6 +68,9 @@ def scale_attention(
             return _triton(q_BLHD, k_BLHD, v_BLHD, ends[1 : ends.index(L) + 1], float(softmax_scale))[0]
         if "triton" in (backend, os.environ.get("VAR_FAST_BACKEND") if backend == "auto" else None):
             raise BackendUnavailable(f"scale_attention: backend 'triton' cannot run here: {problem}")
+    elif named_backend(backend) != "reference" and _trains_on_cpu(q_BLHD, k_BLHD, v_BLHD):
+        tensors = _as_under_autocast(q_BLHD, k_BLHD, v_BLHD)
+        return _PrefixAttention.apply(*tensors, tuple(ends[1 : ends.index(L) + 1]), float(softmax_scale))
     return scale_attention_reference(q_BLHD, k_BLHD, v_BLHD, patch_nums, softmax_scale)
 
 
@@ -89,6 +93,78 @@ def _triton_problem(q_BLHD, k_BLHD, v_BLHD, softmax_scale) -> str | None:
     if not softmax_scale > 0:
         return f"softmax_scale is {softmax_scale}, expected a positive number"
     return None
+
+
+# ------------------------------------------------------------------------------------------------------ training on a CPU
+_attend = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_attend_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def _trains_on_cpu(*tensors: torch.Tensor) -> bool:
+    if None in (_attend, _attend_backward) or any(t.device.type != "cpu" for t in tensors):
+        return False
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """scale_attention_reference with a backward pass of its own: autograd's would write zeros for, and add up, the whole
+    of q, k and v at every scale. Half types are computed in float32, whose backward pass takes a quarter of the time on
+    CPUs without AMX (with AMX that was not measured)."""
+
+    @staticmethod
+    def forward(ctx, q_BLHD, k_BLHD, v_BLHD, ends, softmax_scale):
+        dtype = q_BLHD.dtype if _has_amx() else torch.promote_types(q_BLHD.dtype, torch.float32)
+        q_BHLD, k_BHLD, v_BHLD = (t.to(dtype).transpose(1, 2) for t in (q_BLHD, k_BLHD, v_BLHD))
+        o_BLHD, lse, begin = q_BLHD.new_empty(q_BLHD.shape, dtype=dtype), [], 0
+        for end in ends:
+            o_BHlD, lse_BHl = _attend(
+                q_BHLD[:, :, begin:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end], scale=softmax_scale
+            )
+            o_BLHD[:, begin:end] = o_BHlD.transpose(1, 2)
+            lse.append(lse_BHl)
+            begin = end
+        o_BLHD = o_BLHD.to(q_BLHD.dtype)
+        ctx.save_for_backward(q_BLHD, k_BLHD, v_BLHD, o_BLHD, *lse)
+        ctx.ends, ctx.softmax_scale, ctx.dtype = ends, softmax_scale, dtype
+        return o_BLHD
+
+    @staticmethod
+    def backward(ctx, do_BLHD):
+        *tensors, do_BHLD = (t.to(ctx.dtype).transpose(1, 2) for t in (*ctx.saved_tensors[:4], do_BLHD))
+        q_BHLD, k_BHLD, v_BHLD, o_BHLD = tensors
+        dq_BLHD = torch.empty_like(q_BHLD.transpose(1, 2), memory_format=torch.contiguous_format)
+        dk_BHLD = dv_BHLD = None
+        # the last scale first: it sees all keys, so its gradients are what the others' are added to
+        for begin, end, lse_BHl in reversed(list(zip((0, *ctx.ends), ctx.ends, ctx.saved_tensors[4:], strict=False))):
+            own, seen = slice(begin, end), slice(0, end)
+            dq_BHlD, dk_BHSD, dv_BHSD = _attend_backward(
+                do_BHLD[:, :, own],
+                q_BHLD[:, :, own],
+                k_BHLD[:, :, seen],
+                v_BHLD[:, :, seen],
+                o_BHLD[:, :, own],
+                lse_BHl,
+                0.0,
+                False,
+                scale=ctx.softmax_scale,
+            )
+            dq_BLHD[:, own] = dq_BHlD.transpose(1, 2)
+            if dk_BHLD is None:
+                dk_BHLD, dv_BHLD = dk_BHSD, dv_BHSD
+            else:
+                dk_BHLD[:, :, seen] += dk_BHSD
+                dv_BHLD[:, :, seen] += dv_BHSD
+        dtype = do_BLHD.dtype
+        return dq_BLHD.to(dtype), dk_BHLD.transpose(1, 2).to(dtype), dv_BHLD.transpose(1, 2).to(dtype), None, None
+
+
+@functools.cache
+def _has_amx() -> bool:
+    if native_problem() is not None:
+        return False
+    from var_fast import _C
+
+    return _C.cpu_isa() == "amx"
 
 
 # ---------------------------------------------------------------------------------------------------- Triton, autograd
