@@ -75,7 +75,7 @@ def check_gelu():
     for n, dtype in itertools.product([1, 15, 16, 1000, 40_001], TYPES):
         x = (3 * torch.randn(n, generator=g)).to(dtype)
         right = F.gelu(x.double(), approximate="tanh")
-        _C.cpu_gelu(address(x), TYPES[dtype], n, 2)
+        _C.cpu_gelu(address(x), TYPES[dtype], n, address(x), 2)
         check(f"gelu {n}", x, right, dtype)
         limit = 1e-6 if dtype == torch.float32 else 2**-8  # of each value, but where float32 or the tail loses digits
         assert ((x.double() - right).abs() <= limit * right.abs() + 1e-6).all()
@@ -83,7 +83,7 @@ def check_gelu():
     right = F.gelu(x.double(), approximate="tanh").float()
     for dtype in TYPES:
         found = x.to(dtype)
-        _C.cpu_gelu(address(found), TYPES[dtype], len(x), 1)
+        _C.cpu_gelu(address(found), TYPES[dtype], len(x), address(found), 1)
         torch.testing.assert_close(found, right.to(dtype), equal_nan=True, atol=1e-6, rtol=1e-2)
 
 

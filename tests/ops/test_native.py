@@ -46,7 +46,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("cpu_residual_adaln_modulate", "cpu_group_norm_silu", "cpu_pyramid_update"):
+    for name in ("cpu_residual_adaln_modulate_forward", "cpu_group_norm_silu", "cpu_pyramid_update"):
         monkeypatch.setattr(native, name, spy(name, getattr(native, name)))
     return names
 
@@ -176,16 +176,12 @@ def test_an_index_of_no_code_is_an_error(bad):
 
 
 def test_auto_takes_them_where_no_gradient_is_asked_for(calls):
-    x, branch, gate, scale, shift = adaln_inputs(1, 3, 8, torch.float32, 0)
     images = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last)
     weight = torch.ones(8, requires_grad=True)
-    scale.requires_grad_()
     pyramid = pyramid_inputs()
     pyramid[2].requires_grad_()
 
     def everything():
-        adaln_modulate(x, scale, shift)
-        residual_adaln_modulate(x, branch, gate, scale, shift)
         group_norm_silu(images, weight, weight, 4)
         pyramid[5] = torch.zeros_like(pyramid[5])
         pyramid_update(*pyramid)
@@ -194,8 +190,16 @@ def test_auto_takes_them_where_no_gradient_is_asked_for(calls):
     assert calls == []
     with torch.no_grad():
         everything()
-    adaln = "cpu_residual_adaln_modulate"
-    assert calls == [adaln, adaln, "cpu_group_norm_silu", "cpu_pyramid_update"]
+    assert calls == ["cpu_group_norm_silu", "cpu_pyramid_update"]
+
+
+def test_auto_takes_what_has_a_gradient_always(calls):
+    x, branch, gate, scale, shift = adaln_inputs(1, 3, 8, torch.float32, 0)
+    scale.requires_grad_()
+    adaln_modulate(x, scale, shift)
+    with torch.no_grad():
+        residual_adaln_modulate(x, branch, gate, scale, shift)
+    assert calls == ["cpu_residual_adaln_modulate_forward"] * 2
 
 
 def test_auto_leaves_other_types_and_formats_to_the_reference(calls):
@@ -208,15 +212,11 @@ def test_auto_leaves_other_types_and_formats_to_the_reference(calls):
     assert calls == []
 
 
-def test_named_native_with_a_gradient_is_an_error(monkeypatch):
-    x, branch, gate, scale, shift = adaln_inputs(1, 3, 8, torch.float32, 0)
-    x.requires_grad_()
+def test_named_native_without_a_gradient_is_an_error_where_one_is_asked_for(monkeypatch):
     pyramid = pyramid_inputs()
     pyramid[1].requires_grad_()
     images, ones = torch.zeros(1, 8, 2, 2, requires_grad=True), torch.ones(8)
     for run in [
-        lambda **backend: adaln_modulate(x, scale, shift, **backend),
-        lambda **backend: residual_adaln_modulate(x, branch, gate, scale, shift, **backend),
         lambda **backend: group_norm_silu(images, ones, ones, 4, **backend),
         lambda **backend: pyramid_update(*pyramid, **backend),
     ]:

@@ -95,7 +95,7 @@ def _triton_problem(q_BLHD, k_BLHD, v_BLHD, softmax_scale) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------ training on a CPU
+# ---------------------------------------------------------------------------------------------------- training on CPUs
 _attend = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _attend_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
@@ -107,9 +107,9 @@ def _trains_on_cpu(*tensors: torch.Tensor) -> bool:
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """scale_attention_reference with a backward pass of its own: autograd's would write zeros for, and add up, the whole
-    of q, k and v at every scale. Half types are computed in float32, whose backward pass takes a quarter of the time on
-    CPUs without AMX (with AMX that was not measured)."""
+    """scale_attention_reference with a backward pass of its own: autograd's would write zeros for, and add up, the
+    whole of q, k and v at every scale. Half types are computed in float32, whose backward pass takes a quarter of the
+    time on CPUs without AMX (with AMX that was not measured)."""
 
     @staticmethod
     def forward(ctx, q_BLHD, k_BLHD, v_BLHD, ends, softmax_scale):
@@ -130,12 +130,13 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do_BLHD):
-        *tensors, do_BHLD = (t.to(ctx.dtype).transpose(1, 2) for t in (*ctx.saved_tensors[:4], do_BLHD))
+        saved = ctx.saved_tensors  # once: under activation checkpointing they can be had once only
+        *tensors, do_BHLD = (t.to(ctx.dtype).transpose(1, 2) for t in (*saved[:4], do_BLHD))
         q_BHLD, k_BHLD, v_BHLD, o_BHLD = tensors
         dq_BLHD = torch.empty_like(q_BHLD.transpose(1, 2), memory_format=torch.contiguous_format)
         dk_BHLD = dv_BHLD = None
         # the last scale first: it sees all keys, so its gradients are what the others' are added to
-        for begin, end, lse_BHl in reversed(list(zip((0, *ctx.ends), ctx.ends, ctx.saved_tensors[4:], strict=False))):
+        for begin, end, lse_BHl in reversed(list(zip((0, *ctx.ends), ctx.ends, saved[4:], strict=False))):
             own, seen = slice(begin, end), slice(0, end)
             dq_BHlD, dk_BHSD, dv_BHSD = _attend_backward(
                 do_BHLD[:, :, own],

@@ -17,6 +17,7 @@ from rich.console import Console
 from var_fast.cli_models import load_tokenizer, pick_device
 from var_fast.errors import UserError
 from var_fast.training.loop import Cadence, run_loop
+from var_fast.training.memory import keep_freed_memory
 from var_fast.training.ranks import Ranks, join_ranks
 from var_fast.training.recipes import TRANSFORMER_PRESETS
 from var_fast.training.schedule import Limits
@@ -117,6 +118,8 @@ def _ranks(run: RunOptions) -> Iterator[tuple[Ranks, Console]]:
             raise UserError(f"threads: got {run.threads}, expected 1 to {most}")
         torch.set_num_threads(run.threads)
     with join_ranks(pick_device(run.device)) as ranks:
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         yield ranks, Console(quiet=not ranks.is_main)
 
 

@@ -1,0 +1,35 @@
+"""keep_freed_memory: counted in page faults, by a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from var_fast.training.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    print(keep_freed_memory())
+def work():
+    return [torch.ones(2**20) * 2 for _ in range(5)]  # of 4 MiB each
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+    *said, count = done.stdout.split()
+    if said == ["False"]:
+        pytest.skip("no glibc here")
+    return int(count)
+
+
+def test_freed_memory_is_kept():
+    assert faults("leave") > 5 * faults("keep")
