@@ -10,8 +10,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for what comes next, for this process, up to 2 GiB of it.
 
-    By default tensors above a few hundred kilobytes go back to the kernel at once and come back page by page, zeroed:
-    of a training step, which makes the same tensors anew every time, that took 15 to 25%. False where there is no glibc.
+    By default large tensors go back to the kernel at once, and the next ones come from it page by page, zeroed: of a
+    training step, which makes the same tensors anew every time, that took 15 to 25%. False where there is no glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
