@@ -51,8 +51,8 @@ void convolve_and_add(const at::Tensor& sum_BChw, const at::Tensor& x_BChw, cons
     op.callBoxed(stack);
 }
 
-// Winograd's weights in float32 are four times as many, and made anew for every call rather than kept: that pays where there are
-// many pixels for each.
+// Winograd's weights in float32 are four times as many, and made anew for every call rather than kept (those in bfloat16
+// come with the layer): that pays where there are many pixels for each.
 constexpr int64_t WINOGRAD_PIXELS = 64 * 64;
 
 bool suits_winograd(const at::Tensor& x_BChw, const Conv& layer) {

@@ -25,23 +25,23 @@ void residual_adaln_modulate(float* x, const void* branch, Type branch_type, con
                              const float* shift, int64_t stride, int64_t M, int64_t R, int64_t L, int64_t C, float eps,
                              void* y, Type y_type, int threads);
 
-// Training's, with `type` of x, x_out and y; modulations (B, C). x_out is x + gate * branch (nullptr: x_out is not written)
-// and y its norm, of x_out as it is rounded. Backward: x is what x_out was, dx_out its gradient (both nullptr together
-// with branch, and then neither dbranch nor dgate is written); dgate, dscale and dshift (B, C) have the same bits on any
-// number of threads.
+// Training's, with `type` of x, x_out and y; modulations (B, C). x_out is x + gate * branch, y the norm of x_out as it is
+// rounded; branch nullptr: y is the norm of x, and x_out is nullptr. Backward: x_out as the forward pass left it (without
+// branch: x), dx_out its gradient; without branch dx_out, dbranch and dgate are nullptr. dgate, dscale and dshift (B, C)
+// have the same bits on any number of threads.
 void residual_adaln_modulate_forward(const void* x, Type type, const void* branch, Type branch_type, const float* gate,
                                      const float* scale, const float* shift, int64_t B, int64_t L, int64_t C, float eps,
                                      void* x_out, void* y, int threads);
-void residual_adaln_modulate_backward(const void* dx_out, const void* dy, const void* x, Type type, const void* branch,
+void residual_adaln_modulate_backward(const void* dx_out, const void* dy, const void* x_out, Type type, const void* branch,
                                       Type branch_type, const float* gate, const float* scale, int64_t B, int64_t L,
                                       int64_t C, float eps, void* dx, void* dbranch, float* dgate, float* dscale,
                                       float* dshift, int threads);
 
-// Training's qk_norm: x (tokens, 3, H, D) -> q and k (tokens, H, D) at unit length, q then times its head's scale. Backward:
-// dq, dk, dv have unit strides over D and those given over (B, L, H), each three numbers, dq's first; dx as x, and
+// Training's qk_norm: x (tokens, 3, H, D) -> q and k (tokens, H, D) at unit length, q then times its head's scale.
+// Backward: dq, dk, dv have unit strides over D and those given over (B, L, H), each three numbers, dq's first; dx as x, and
 // dscale_H (H), with the same bits on any number of threads.
-void qk_norm_forward(const void* x, Type type, const float* scale_H, int64_t tokens, int64_t H, int64_t D, void* q, void* k,
-                     int threads);
+void qk_norm_forward(const void* x, Type type, const float* scale_H, int64_t tokens, int64_t H, int64_t D, void* q,
+                     void* k, int threads);
 void qk_norm_backward(const void* dq, const void* dk, const void* dv, const int64_t* strides, const void* x, Type type,
                       const float* scale_H, int64_t B, int64_t L, int64_t H, int64_t D, void* dx, float* dscale_H,
                       int threads);

@@ -38,9 +38,9 @@ struct BackwardRows {
         const float* const gate = g->branch ? g->gate + image * C : nullptr;
         for (int64_t i = begin; i < end; ++i) {
             const int64_t at = (image * g->L + i) * C;
-            row_of(g->dx_out ? g->dx_out + at : nullptr, g->dy + at, g->x + at, g->branch ? g->branch + at : nullptr, gate,
-                   g->scale + image * C, C, g->eps, g->dx + at, g->branch ? g->dbranch + at : nullptr, dgate, dscale,
-                   dshift);
+            row_of(g->dx_out ? g->dx_out + at : nullptr, g->dy + at, g->x + at, g->branch ? g->branch + at : nullptr,
+                   gate, g->scale + image * C, C, g->eps, g->dx + at, g->branch ? g->dbranch + at : nullptr, dgate,
+                   dscale, dshift);
         }
     }
 
@@ -106,7 +106,7 @@ void backward(const Gradients<X, Branch>& g, int64_t B, float* dgate, float* dsc
                                               cut(g.L, chunks, i % chunks + 1), to, to + sums, to + 2 * sums);
         }
     });
-    for (int which = g.branch ? 0 : 1; which < 3; ++which) {
+    for (int which = dgate ? 0 : 1; which < 3; ++which) {
         float* const out = which == 0 ? dgate : which == 1 ? dscale : dshift;
         parallel_for(B, threads, 16, [&](int64_t begin, int64_t end) {
             for (int64_t image = begin; image < end; ++image) {
@@ -122,7 +122,7 @@ void backward(const Gradients<X, Branch>& g, int64_t B, float* dgate, float* dsc
 
 }  // namespace
 
-void residual_adaln_modulate_backward(const void* dx_out, const void* dy, const void* x, Type type, const void* branch,
+void residual_adaln_modulate_backward(const void* dx_out, const void* dy, const void* x_out, Type type, const void* branch,
                                       Type branch_type, const float* gate, const float* scale, int64_t B, int64_t L,
                                       int64_t C, float eps, void* dx, void* dbranch, float* dgate, float* dscale,
                                       float* dshift, int threads) {
@@ -131,7 +131,7 @@ void residual_adaln_modulate_backward(const void* dx_out, const void* dy, const 
         with_element(branch ? branch_type : type, [&](auto branch_element) {
             using Branch = decltype(branch_element);
             const Gradients<X, Branch> g{static_cast<const X*>(dx_out), static_cast<const X*>(dy),
-                                         static_cast<const X*>(x),      static_cast<const Branch*>(branch),
+                                         static_cast<const X*>(x_out),  static_cast<const Branch*>(branch),
                                          gate,                          scale,
                                          L,                             C,
                                          eps,                           static_cast<X*>(dx),

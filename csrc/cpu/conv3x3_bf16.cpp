@@ -29,9 +29,9 @@ namespace var_fast::cpu {
 namespace {
 
 constexpr int POINTS = 16, GROUP = 32;
-constexpr int COLUMNS = 32;                    // output channels at a time
-constexpr int MOST_ROWS = 14;                  // tiles at a time: 28 sums, 2 columns and 1 row of 32 registers
-constexpr int64_t INPUT_BYTES = 320 * 1024;    // transformed inputs of a block, in the second-level cache
+constexpr int COLUMNS = 32;                  // output channels at a time
+constexpr int MOST_ROWS = 14;                // tiles at a time: 28 sums, 2 columns and 1 row of 32 registers
+constexpr int64_t INPUT_BYTES = 320 * 1024;  // transformed inputs of a block, in the second-level cache
 
 int64_t whole(int64_t channels) { return parts_of(channels, GROUP) * GROUP; }
 
@@ -164,7 +164,7 @@ struct Problem {
     int64_t tiles_w() const { return parts_of(w, 2); }
     int64_t tiles() const { return B * tiles_h() * tiles_w(); }
     int64_t block() const {
-        return std::max<int64_t>(INPUT_BYTES / (POINTS * whole(Cin) * 2) / MOST_ROWS, 1) * MOST_ROWS;
+        return std::max<int64_t>(INPUT_BYTES / (POINTS * std::max<int64_t>(whole(Cin), GROUP) * 2) / MOST_ROWS, 1) * MOST_ROWS;
     }
 };
 
@@ -284,13 +284,17 @@ void conv3x3_bf16_pack(const float* weight, int64_t Cin, int64_t Cout, void* pac
         }
 }
 
-void conv3x3_bf16(const void* x, const void* packed, const float* bias, const void* residual, int64_t B, int64_t h,
-                  int64_t w, int64_t Cin, int64_t Cout, void* y, int threads) {
+void conv3x3_bf16([[maybe_unused]] const void* x, [[maybe_unused]] const void* packed,
+                  [[maybe_unused]] const float* bias, [[maybe_unused]] const void* residual,
+                  [[maybe_unused]] int64_t B, [[maybe_unused]] int64_t h, [[maybe_unused]] int64_t w,
+                  [[maybe_unused]] int64_t Cin, [[maybe_unused]] int64_t Cout, [[maybe_unused]] void* y,
+                  [[maybe_unused]] int threads) {
 #ifdef VAR_FAST_X86
     if (isa() >= Isa::avx512_bf16) {
         const Problem p{static_cast<const bf16*>(x), static_cast<const bf16*>(packed), bias,
                         static_cast<const bf16*>(residual), B, h, w, Cin, Cout, static_cast<bf16*>(y)};
-        const int64_t tiles = p.tiles(), blocks = std::min(parts_of(parts_of(tiles, p.block()), threads) * threads, tiles);
+        const int64_t tiles = p.tiles();
+        const int64_t blocks = std::min(parts_of(parts_of(tiles, p.block()), threads) * threads, tiles);
         parallel_for(blocks, threads, 1, [&](int64_t begin, int64_t end) {
             Worker worker(p, parts_of(tiles, blocks));
             for (int64_t i = begin; i < end; ++i) worker.run(cut(tiles, blocks, i), cut(tiles, blocks, i + 1));

@@ -48,7 +48,8 @@ constexpr float GELU_1 = -2 * 0.79788456f * LOG2_E, GELU_3 = 0.044715f * GELU_1;
 
 VAR_FAST_INLINE float gelu_of(float x) { return x * inverse_of_1_plus_exp2(x * (GELU_3 * (x * x) + GELU_1)); }
 
-// Its derivative: with s = sigmoid(2 u), s + x s (1 - s) 2 u'. Beyond 30 it is 0 or 1 to the last bit.
+// Its derivative: with s = sigmoid(2 u), s + x s (1 - s) 2 u'. Beyond 30 it is 0 or 1 to the last bit. A NaN
+// may come out as a number: the forward pass has made one of it already.
 VAR_FAST_INLINE float gelu_slope_of(float x) {
     x = x < -30.0f ? -30.0f : x;
     x = x > 30.0f ? 30.0f : x;

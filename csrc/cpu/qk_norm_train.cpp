@@ -90,8 +90,8 @@ struct Backward {
 
 }  // namespace
 
-void qk_norm_forward(const void* x, Type type, const float* scale_H, int64_t tokens, int64_t H, int64_t D, void* q, void* k,
-                     int threads) {
+void qk_norm_forward(const void* x, Type type, const float* scale_H, int64_t tokens, int64_t H, int64_t D, void* q,
+                     void* k, int threads) {
     with_element(type, [&](auto element) {
         using T = decltype(element);
         parallel_for(tokens, threads, std::max<int64_t>(16384 / std::max<int64_t>(H * D, 1), 1),

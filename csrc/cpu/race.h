@@ -14,7 +14,7 @@ namespace var_fast::cpu {
 
 // log(x) to a relative error of 1e-15, x in [2^-60, 1].
 VAR_FAST_INLINE double log_of(double x) {
-    // x = 2^(e - 64) m, m in [sqrt(1/2), sqrt(2)); e is positive, and as a double's low bits becomes one without an instruction
+    // x = 2^(e - 64) m, m in [sqrt(1/2), sqrt(2)); e is positive, so that it may be the low bits of a double
     constexpr uint64_t SQRT_HALF = 0x3fe6a09e667f3bcd, TWO_64 = uint64_t{64} << 52, TWO_52 = 0x4330000000000000;
     const uint64_t bits = bits_as<uint64_t>(x);
     const uint64_t e = (bits - SQRT_HALF + TWO_64) >> 52;

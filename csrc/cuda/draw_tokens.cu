@@ -55,7 +55,7 @@ __device__ __forceinline__ Runner lanes_winner(Runner a) {
 __device__ __forceinline__ Measure weight_of(float logit, float largest) {
     const double weight = exp(static_cast<double>(logit) - static_cast<double>(largest));
     const Measure rounded = __double2ull_rn(weight * WEIGHT_ONE);
-    return rounded == 0 && weight > 0 ? 1 : rounded;  // what can be drawn can be drawn
+    return rounded == 0 && weight > 0 ? 1 : rounded;  // what can be drawn has a weight to be kept by
 }
 
 // A monotone map of [low, high], low < high, onto bins 0 ... BINS - 1, low and high in different ones.

@@ -385,13 +385,14 @@ def test_batches_are_captured_in_powers_of_two(batch, largest, size):
     assert bucket(batch, largest) == size
 
 
-def test_float32_decoder_of_many_pixels():
-    """From 64 x 64 pixels on, its convolutions are Winograd's."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_decoder_of_many_pixels(dtype, tolerance):
+    """In float32 its convolutions are Winograd's from 64 x 64 pixels on, in bfloat16 all where the CPU has no AMX."""
     torch.manual_seed(0)
     vae = VQVAE(vocab_size=16, z_channels=8, ch=32, v_patch_nums=(1, 17), ch_mult=(1, 2, 2))
     var = VAR(vae, num_classes=7, depth=1, embed_dim=32, num_heads=1, patch_nums=(1, 17)).eval()
     tokens = some_tokens(var)
-    _, image_B3HW = follow(NativeLoop(var, torch.float32), tokens)
+    _, image_B3HW = follow(NativeLoop(var, dtype), tokens)
     _, expected_B3HW = reference(var, tokens)
     assert image_B3HW.shape == (3, 3, 68, 68)
-    assert relative(image_B3HW, expected_B3HW) < 1e-5
+    assert relative(image_B3HW, expected_B3HW) < tolerance

@@ -63,7 +63,7 @@ def test_the_cpu_makes_the_same_images():
     labels, seeds = list(range(64)), list(range(64))
     together = on_gpu.sample(labels, seeds).cpu()
     on_cpu_ = Sampler(load_checkpoint("demo").var, dtype="float32", device="cpu")
-    # sums are in another order: where a cumulative probability meets u within rounding, the image is another from there
+    # sums are in another order: where the two first of a race come within rounding, the image is another from there
     same = (together - on_cpu_.sample(labels, seeds)).abs().flatten(1).amax(1) < 1e-3
     assert same.float().mean() >= 0.97
     alone = torch.cat([on_gpu.sample(labels[i : i + 1], seeds[i : i + 1]) for i in range(8)]).cpu()

@@ -50,7 +50,7 @@ def test_a_named_backend_that_is_missing_raises(not_built):
 @pytest.mark.parametrize(
     ("op", "requested", "device", "why"),
     [
-        ("qk_norm", "native", "cpu", "qk_norm has no native implementation"),
+        ("scale_attention", "native", "cpu", "scale_attention has no native implementation"),
         ("sample_tokens", "triton", "cpu", "sample_tokens has no triton implementation"),
         ("sample_tokens", "native", "cuda", "implemented for cpu only"),
     ],
@@ -79,3 +79,10 @@ def test_unknown_name_raises(monkeypatch, origin):
         monkeypatch.setenv("VAR_FAST_BACKEND", "cutlass")
     with pytest.raises(UserError, match="backend is 'cutlass' .*expected one of auto, reference, triton, native"):
         choose_backend("sample_tokens", "cpu", "cutlass" if origin == "call" else "auto")
+
+
+def test_what_wants_no_triton_kernel_is_left_to_the_reference(monkeypatch):
+    monkeypatch.setenv("VAR_FAST_BACKEND", "triton")
+    assert choose_backend("gelu", "cuda") == choose_backend("gelu", "cpu") == "reference"
+    with pytest.raises(BackendUnavailable, match="gelu has no triton implementation"):
+        choose_backend("gelu", "cuda", requested="triton")

@@ -15,10 +15,12 @@ from var_fast import VAR, VQVAE
 from var_fast.ops import (
     adaln_modulate,
     adaln_modulate_reference,
+    gelu,
     group_norm_silu,
     group_norm_silu_reference,
     pyramid_update,
     pyramid_update_reference,
+    qk_norm,
     residual_adaln_modulate,
     residual_adaln_modulate_reference,
 )
@@ -46,7 +48,8 @@ def calls(monkeypatch):
 
         return call
 
-    for name in ("cpu_residual_adaln_modulate_forward", "cpu_group_norm_silu", "cpu_pyramid_update"):
+    forwards = "cpu_residual_adaln_modulate_forward", "cpu_qk_norm_forward", "cpu_gelu"
+    for name in (*forwards, "cpu_group_norm_silu", "cpu_pyramid_update"):
         monkeypatch.setattr(native, name, spy(name, getattr(native, name)))
     return names
 
@@ -199,7 +202,9 @@ def test_auto_takes_what_has_a_gradient_always(calls):
     adaln_modulate(x, scale, shift)
     with torch.no_grad():
         residual_adaln_modulate(x, branch, gate, scale, shift)
-    assert calls == ["cpu_residual_adaln_modulate_forward"] * 2
+    qk_norm(torch.randn(1, 2, 3, 1, 8, requires_grad=True), torch.ones(1))
+    gelu(x.requires_grad_())
+    assert calls == ["cpu_residual_adaln_modulate_forward"] * 2 + ["cpu_qk_norm_forward", "cpu_gelu"]
 
 
 def test_auto_leaves_other_types_and_formats_to_the_reference(calls):

@@ -131,6 +131,7 @@ def test_no_image_and_no_channel():
     assert native(torch.zeros(0, 4, 4, 4, dtype=torch.bfloat16), pack(weight), None, None, 8).shape == (0, 4, 4, 8)
     empty = torch.zeros(1, 4, 4, 4, dtype=torch.bfloat16)
     assert native(empty, pack(weight[:0]), None, None, 0).shape == (1, 4, 4, 0)
+    assert not native(empty[..., :0], pack(weight[:, :0]), None, None, 8).any()
 
 
 CALL = "import torch; from var_fast import _C; _C.cpu_conv3x3_bf16(0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 1)"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.ops.native_checks import TOLERANCE, TYPES
 from tests.ops.on_isa import ISAS, rerun_on
 from tests.ops.test_scale_attention import masked_softmax
+from var_fast import VAR, VQVAE
 from var_fast.ops import (
     adaln_modulate,
     adaln_modulate_reference,
@@ -25,6 +26,7 @@ from var_fast.ops import (
     scale_attention,
     scale_attention_reference,
 )
+from var_fast.ops.scale_attention import _PrefixAttention
 
 types, seeds = st.sampled_from(sorted(TYPES, key=str)), st.integers(0, 2**16)
 
@@ -130,6 +132,16 @@ def test_adaln_modulate_of_any_memory_layout():
     assert all(map(torch.equal, expected, found))
 
 
+@pytest.mark.parametrize("B, L", [(0, 3), (2, 0)])
+def test_adaln_modulate_and_qk_norm_of_nothing(B, L):
+    inputs = adaln_inputs(6, B, L, 8, torch.float32)
+    *_, dgate, dscale, dshift = results(native(residual_adaln_modulate), inputs)
+    assert all(torch.equal(g, torch.zeros(B, 8)) for g in (dgate, dscale, dshift))
+    *_, dscale, dshift = results(native(adaln_modulate), [inputs[0], *inputs[3:]])
+    assert torch.equal(dscale, torch.zeros(B, 8)) and torch.equal(dshift, torch.zeros(B, 8))
+    assert torch.equal(results(native(qk_norm), qk_norm_inputs(6, B, L, 2, 8, torch.float32))[-1], torch.zeros(2))
+
+
 def test_a_gradient_of_one_result_only():
     x, branch, gate, scale, shift = adaln_inputs(5, 2, 6, 8, torch.float32)
     for which in (0, 1):
@@ -220,8 +232,41 @@ def test_scale_attention(patch_nums, B, H, D, dtype, seed):
 
     o_BLHD, *_ = compare(run, lambda q, k, v: masked_softmax(q, k, v, patch_nums, 0.2), inputs, 2)
     assert "PrefixAttention" in run(*inputs).grad_fn.name() and o_BLHD.is_contiguous()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("layout", ["gaps", "channels first", "expanded"])
+def test_scale_attention_of_any_memory_layout(which, layout):
+    inputs = maps(3, *[(2, 14, 3, 8)] * 3)
+    lay = {
+        "gaps": lambda x: torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0],
+        "channels first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": lambda x: x[:1].expand(2, -1, -1, -1),
+    }[layout]
+
+    def run(attention):
+        def call(*tensors):
+            return attention(*(lay(t) if i == which else t for i, t in enumerate(tensors)), (1, 2, 3), 0.2)
+
+        return call
+
+    compare(run(scale_attention), run(masked_softmax), inputs, 2)
+
+
+def test_scale_attention_of_nothing_and_of_two_types_is_the_references_affair():
+    q, k, v = maps(4, *[(0, 5, 2, 8)] * 3)
+    assert scale_attention(q, k, v, (1, 2), 0.2).shape == (0, 5, 2, 8)
+    q, k, v = maps(4, *[(1, 5, 2, 8)] * 3)
+    with pytest.raises(RuntimeError, match="dtype"):
+        scale_attention(q, k.bfloat16(), v, (1, 2), 0.2)
+
+
+def test_scale_attention_without_gradients_is_the_reference(monkeypatch):
+    monkeypatch.setattr(_PrefixAttention, "apply", None)
+    q, k, v = maps(5, *[(1, 5, 2, 8)] * 3)
     with torch.no_grad():
-        assert "autograd" not in str(type(run(*inputs)))
+        scale_attention(q, k, v, (1, 2), 0.2)
+    scale_attention(q.detach(), k.detach(), v.detach(), (1, 2), 0.2)
 
 
 def test_scale_attention_of_a_prefix_and_under_autocast():
@@ -259,6 +304,44 @@ def test_operators_are_registered_correctly(dtype):
     qkv, scale_H = (t.detach() for t in qk_norm_inputs(0, 2, 3, 2, 8, dtype))
     check(ops.qk_norm_native.default, (qkv, scale_H))
     check(ops.qk_norm_backward_native.default, (*qkv.unbind(2), qkv, scale_H))
+
+
+def small_model():
+    torch.manual_seed(0)
+    vae = VQVAE(vocab_size=64, z_channels=16, ch=32, ch_mult=(1, 1), v_patch_nums=(1, 2, 3), test_mode=True)
+    options = dict(num_classes=5, depth=2, embed_dim=64, num_heads=2, patch_nums=(1, 2, 3), attn_l2_norm=True)
+    var = VAR(vae, cond_drop_rate=0.0, **options)
+    var.init_weights(init_adaln_gamma=0.5, init_head=1.0)
+    tokens = [torch.randint(64, (3, pn * pn)) for pn in (1, 2, 3)]
+    return var, (torch.tensor([1, 4, 0]), vae.quantize.idxBl_to_var_input(tokens), torch.cat(tokens, dim=1))
+
+
+def loss_and_gradients(var, loss, inputs):
+    value = loss(*inputs)[0]
+    return [value, *torch.autograd.grad(value, list(var.parameters()))]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_models_gradients(monkeypatch, dtype, tolerance):
+    var, inputs = small_model()
+    monkeypatch.setenv("VAR_FAST_BACKEND", "reference")
+    right = loss_and_gradients(var, var.loss, inputs)
+    monkeypatch.delenv("VAR_FAST_BACKEND")
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        found = loss_and_gradients(var, var.loss, inputs)
+    assert abs(found[0] - right[0]) < tolerance * right[0]
+    found, right = (torch.cat([g.flatten() for g in gs[1:]]) for gs in (found, right))
+    assert (found - right).norm() < tolerance * right.norm()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_one_graph_under_torch_compile(dtype):
+    var, inputs = small_model()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        right = loss_and_gradients(var, var.loss, inputs)
+        found = loss_and_gradients(var, torch.compile(var.loss, fullgraph=True, backend="aot_eager"), inputs)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 if dtype is None else 1e-2, rtol=1e-3)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")

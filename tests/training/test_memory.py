@@ -8,7 +8,8 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make the faults of both few
 from var_fast.training.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
@@ -33,4 +34,4 @@ def faults(how: str) -> int:
 
 def test_freed_memory_is_kept():
     first = 5 * 2**12  # pages of 4 KiB of one round's five tensors
-    assert faults("keep") < 2 * first < faults("leave")
+    assert faults("keep") < 1.5 * first < faults("leave")

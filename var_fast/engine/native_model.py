@@ -89,7 +89,7 @@ class _Packer:
         self.pages = FilePages()
         self.packs = device.type == "cpu" and dtype == torch.bfloat16 and _onednn_packs_bfloat16()
         # with AMX, oneDNN's products are too fast for what the transforms cost
-        self.winograd = self.packs and _C.cpu_isa() == "avx512_bf16"
+        self.winograd = device.type == "cpu" and dtype == torch.bfloat16 and _C.cpu_isa() == "avx512_bf16"
 
     def float_linear(self, layer: nn.Linear):
         return self._linear(_float(layer.weight), _float(layer.bias), packed=False)

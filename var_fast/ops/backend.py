@@ -32,6 +32,9 @@ FAST_BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "group_norm_silu": {"triton": ("cuda",), "native": ("cpu",)},
 }
 
+# where a Triton kernel could be no faster than torch's own: VAR_FAST_BACKEND=triton leaves these to the reference
+NO_TRITON_WANTED = ("gelu",)
+
 # what is no operator, but chosen in the same way: the loop of var_fast/engine
 LOOPS: dict[str, dict[str, tuple[str, ...]]] = {"sampling_loop": {"native": ("cpu", "cuda")}}
 
@@ -112,6 +115,8 @@ def _choose(op, device_type, requested, native_misfit=lambda: None) -> tuple[str
         raise UserError(f"backend is {requested!r} ({origin}), expected one of {', '.join(CHOICES)}")
     if requested == "reference":
         return "reference", origin
+    if requested == "triton" and "VAR_FAST_BACKEND" in origin and op in NO_TRITON_WANTED:
+        return "reference", "torch's own kernel is as fast as one in Triton could be"
     if requested != "auto":
         interpreted = requested == "triton" and triton_interprets()
         problem = _problem(op, requested, "cuda" if interpreted else device_type, native_misfit)

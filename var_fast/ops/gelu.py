@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from var_fast.ops.backend import choose_backend, named_backend
+from var_fast.ops.backend import choose_backend
 from var_fast.ops.library import register
 from var_fast.ops.native import TYPES, misfit, pointer
 
@@ -17,11 +17,9 @@ def gelu_reference(x):
 def gelu(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 of every element, in x's shape and type.
 
-    There is no Triton kernel: torch's own is bound by memory too, and VAR_FAST_BACKEND=triton leaves it to that.
+    There is no Triton kernel: torch's own is bound by memory too. native has no second derivative.
     Raises BackendUnavailable where a named backend cannot run: native takes float32 and bfloat16.
     """
-    if backend == "auto" and named_backend(backend) == "triton":
-        return gelu_reference(x)
     if choose_backend("gelu", x.device, backend, lambda: misfit(x, differentiable=True)) == "native":
         return _native(x)
     return gelu_reference(x)

@@ -36,6 +36,9 @@ def exponentials(seed_B: torch.Tensor, stream: int, scale: int, tokens: int, per
 
     Seeds are int64; `stream` keeps numbers of different use apart.
     """
+    if len(seed_B) > 8:  # a part at a time: the counters take several times the memory of what comes of them
+        parts = [exponentials(part, stream, scale, tokens, per_token) for part in seed_B.split(8)]
+        return torch.cat(parts)
     device, B, blocks = seed_B.device, seed_B.shape[0], -(-per_token // 4)
     counter_BlN4 = torch.empty(B, tokens, blocks, 4, dtype=torch.int64, device=device)
     counter_BlN4[..., 0] = torch.arange(blocks, device=device)

@@ -31,13 +31,15 @@ def qk_norm(
         raise ValueError(f"qkv_BL3HD has shape {tuple(qkv_BL3HD.shape)}, expected (B, L, 3, H, D)")
     if scale_H is not None and scale_H.shape != qkv_BL3HD.shape[3:4]:
         raise ValueError(f"scale_H has shape {tuple(scale_H.shape)}, expected (H,) = ({qkv_BL3HD.shape[3]},)")
-    chosen = choose_backend("qk_norm", qkv_BL3HD.device, backend, lambda: _native_misfit(qkv_BL3HD))
+    chosen = choose_backend("qk_norm", qkv_BL3HD.device, backend, lambda: _native_misfit(qkv_BL3HD, scale_H))
     if chosen != "reference" and scale_H is not None:
         return _QKNorm.apply(qkv_BL3HD, scale_H, chosen)
     return qk_norm_reference(qkv_BL3HD, scale_H)
 
 
-def _native_misfit(qkv_BL3HD: torch.Tensor) -> str | None:
+def _native_misfit(qkv_BL3HD: torch.Tensor, scale_H: torch.Tensor | None) -> str | None:
+    if scale_H is not None and scale_H.device != qkv_BL3HD.device:
+        return f"it was given tensors on {qkv_BL3HD.device} and {scale_H.device}"
     return None if qkv_BL3HD.dtype in TYPES else f"it computes in float32 or bfloat16, and was given {qkv_BL3HD.dtype}"
 
 

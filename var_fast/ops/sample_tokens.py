@@ -140,10 +140,7 @@ def _run_reference(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale) 
     if not finite_B.all():
         _raise_not_finite(int(finite_B.logical_not().nonzero()[0]))
     p_BlV = filter_logits_(guided_BlV, top_k, top_p).softmax(dim=-1)
-    l, V = p_BlV.shape[1:]
-    for p_blV, seed_b in zip(p_BlV.split(8), seed_B.split(8), strict=True):  # Philox takes several times their memory
-        p_blV /= exponentials(seed_b, TOKEN_STREAM, scale, l, V)
-    return p_BlV.argmax(dim=-1)
+    return p_BlV.div_(exponentials(seed_B, TOKEN_STREAM, scale, *p_BlV.shape[1:])).argmax(dim=-1)
 
 
 def _run_native(cond_BlV, uncond_BlV, guidance, top_k, top_p, seed_B, scale) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 
@@ -100,8 +99,30 @@ _attend = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu",
 _attend_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
+def _cpu_has_amx() -> bool:
+    if native_problem() is not None:
+        return False
+    from var_fast import _C
+
+    try:
+        return _C.cpu_isa() == "amx"
+    except ValueError:  # VAR_FAST_ISA names none: the operators will say so
+        return False
+
+
+_HAS_AMX = _cpu_has_amx()  # once: torch.compile cannot look into it
+
+
+def _as_attend_wants(x_BLHD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, L, D) in `dtype`; called directly the operator takes it for granted that channels lie side by side."""
+    x_BLHD = x_BLHD.to(dtype)
+    return (x_BLHD if x_BLHD.stride(-1) == 1 else x_BLHD.contiguous()).transpose(1, 2)
+
+
 def _trains_on_cpu(*tensors: torch.Tensor) -> bool:
-    if None in (_attend, _attend_backward) or any(t.device.type != "cpu" for t in tensors):
+    if None in (_attend, _attend_backward) or any(t.device.type != "cpu" or t.numel() == 0 for t in tensors):
+        return False
+    if len({t.dtype for t in _as_under_autocast(*(t[:0] for t in tensors))}) > 1:
         return False
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -113,8 +134,8 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BLHD, k_BLHD, v_BLHD, ends, softmax_scale):
-        dtype = q_BLHD.dtype if _has_amx() else torch.promote_types(q_BLHD.dtype, torch.float32)
-        q_BHLD, k_BHLD, v_BHLD = (t.to(dtype).transpose(1, 2) for t in (q_BLHD, k_BLHD, v_BLHD))
+        dtype = q_BLHD.dtype if _HAS_AMX else torch.promote_types(q_BLHD.dtype, torch.float32)
+        q_BHLD, k_BHLD, v_BHLD = (_as_attend_wants(t, dtype) for t in (q_BLHD, k_BLHD, v_BLHD))
         o_BLHD, lse, begin = q_BLHD.new_empty(q_BLHD.shape, dtype=dtype), [], 0
         for end in ends:
             o_BHlD, lse_BHl = _attend(
@@ -131,7 +152,7 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do_BLHD):
         saved = ctx.saved_tensors  # once: under activation checkpointing they can be had once only
-        *tensors, do_BHLD = (t.to(ctx.dtype).transpose(1, 2) for t in (*saved[:4], do_BLHD))
+        *tensors, do_BHLD = (_as_attend_wants(t, ctx.dtype) for t in (*saved[:4], do_BLHD))
         q_BHLD, k_BHLD, v_BHLD, o_BHLD = tensors
         dq_BLHD = torch.empty_like(q_BHLD.transpose(1, 2), memory_format=torch.contiguous_format)
         dk_BHLD = dv_BHLD = None
@@ -157,15 +178,6 @@ class _PrefixAttention(torch.autograd.Function):
                 dv_BHLD[:, :, seen] += dv_BHSD
         dtype = do_BLHD.dtype
         return dq_BLHD.to(dtype), dk_BHLD.transpose(1, 2).to(dtype), dv_BHLD.transpose(1, 2).to(dtype), None, None
-
-
-@functools.cache
-def _has_amx() -> bool:
-    if native_problem() is not None:
-        return False
-    from var_fast import _C
-
-    return _C.cpu_isa() == "amx"
 
 
 # ---------------------------------------------------------------------------------------------------- Triton, autograd
