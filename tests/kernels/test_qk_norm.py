@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from var_fast.ops import qk_norm, qk_norm_reference
-from var_fast.ops.qk_norm import _backward_triton, _triton
+from var_fast.ops.qk_norm import _BACKWARD, _FORWARD
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 GRADIENT_TOLERANCE = TOLERANCE | {torch.float32: 2e-5}
@@ -153,11 +153,11 @@ def test_operators_are_well_formed():
     qkv_BL3HD, scale_H, gradients = draw(2, 3, 2, 8, torch.float32)
     strided = qkv_BL3HD.transpose(0, 1).contiguous().transpose(0, 1)
     for qkv in (qkv_BL3HD, strided):
-        torch.library.opcheck(_triton, (qkv, scale_H))
-        torch.library.opcheck(_backward_triton, (*gradients, qkv, scale_H))
-    assert [t.shape for t in _triton(qkv_BL3HD[:0], scale_H)] == [(0, 3, 2, 8)] * 2
+        torch.library.opcheck(_FORWARD["triton"], (qkv, scale_H))
+        torch.library.opcheck(_BACKWARD["triton"], (*gradients, qkv, scale_H))
+    assert [t.shape for t in _FORWARD["triton"](qkv_BL3HD[:0], scale_H)] == [(0, 3, 2, 8)] * 2
     empty = [g[:0] for g in gradients]
-    assert not _backward_triton(*empty, qkv_BL3HD[:0], scale_H)[1].any()
+    assert not _BACKWARD["triton"](*empty, qkv_BL3HD[:0], scale_H)[1].any()
 
 
 def test_compiles_without_a_graph_break():
