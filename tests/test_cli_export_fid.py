@@ -84,7 +84,7 @@ def test_killed_and_resumed(model, folder, capsys, count):
     told = [process.communicate(timeout=60)[1] for process in processes]
     assert processes[-1].returncode == -signal.SIGKILL
     if count == 2:
-        assert processes[0].returncode == 2
+        assert processes[0].returncode == 2, told[0]
         assert told[0].startswith("error: another process of this run has ended") and told[0].count("\n") == 1
         assert "the parts stay in a.npz.parts, the same command goes on" in told[0]
     assert not Path("a.npz").exists()

@@ -40,7 +40,20 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command in `arguments` (default: of the process) and returns its exit code, as `run_app` does."""
-    return run_app(app, "var-fast", sys.argv[1:] if arguments is None else arguments)
+    code = run_app(app, "var-fast", sys.argv[1:] if arguments is None else arguments)
+    if arguments is None and code != 0:
+        _leave_other_ranks(code)
+    return code
+
+
+def _leave_other_ranks(code: int) -> None:
+    """Ends the process at once where others of its run are still joined: threads that wait for one of them, which may
+    have been killed, abort it now and then if they are taken down in the usual way."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def run_app(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
