@@ -1,11 +1,10 @@
 // residual_adaln_modulate on the CPU: each row is read from memory once, and stays in the first cache for three passes.
 #pragma GCC optimize("fp-contract=fast", "no-math-errno")  // nothing here has to round as a reference does, see setup.py
 
-#include <cmath>
-
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
+#include "row_statistics.h"
 
 namespace var_fast::cpu {
 namespace {
@@ -42,21 +41,9 @@ struct Rows {
 #pragma omp simd reduction(+ : sum)
             for (int64_t c = 0; c < C; ++c) sum += to_float(x[c]);
         }
-        // The float32 mean is off by up to its own rounding; the deviations from it say by how much.
-        const float mean = sum / static_cast<float>(C);
-        float rest = 0, squares = 0;
-#pragma omp simd reduction(+ : rest, squares)
-        for (int64_t c = 0; c < C; ++c) {
-            const float deviation = to_float(x[c]) - mean;
-            rest += deviation;
-            squares += deviation * deviation;
-        }
-        rest /= static_cast<float>(C);
-        const float variance = std::max(squares / static_cast<float>(C) - rest * rest, 0.0f);
-        const float rstd = 1 / std::sqrt(variance + eps);
+        const RowStatistics row = row_statistics(x, C, sum, eps);
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c)
-            store(y + c, ((to_float(x[c]) - mean) - rest) * rstd * (1 + scale[c]) + shift[c]);
+        for (int64_t c = 0; c < C; ++c) store(y + c, row.normed(to_float(x[c])) * (1 + scale[c]) + shift[c]);
     }
 };
 

@@ -5,12 +5,12 @@
 #pragma GCC optimize("fp-contract=fast", "no-math-errno")  // nothing here has to round as a reference does, see setup.py
 
 #include <algorithm>
-#include <cmath>
 
 #include "buffer.h"
 #include "convert.h"
 #include "isa.h"
 #include "parallel.h"
+#include "row_statistics.h"
 #include "tiles.h"
 
 namespace var_fast::cpu {
@@ -53,20 +53,11 @@ struct BackwardRows {
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t c = 0; c < C; ++c) sum += to_float(x[c]);
-        const float rough = sum * per_C;  // as in the forward pass
-        float rest = 0, squares = 0;
-#pragma omp simd reduction(+ : rest, squares)
-        for (int64_t c = 0; c < C; ++c) {
-            const float deviation = to_float(x[c]) - rough;
-            rest += deviation;
-            squares += deviation * deviation;
-        }
-        rest *= per_C;
-        const float rstd = 1 / std::sqrt(std::max(squares * per_C - rest * rest, 0.0f) + eps);
+        const RowStatistics row = row_statistics(x, C, sum, eps);
         float along_1 = 0, along_x = 0;
 #pragma omp simd reduction(+ : along_1, along_x)
         for (int64_t c = 0; c < C; ++c) {
-            const float normed = ((to_float(x[c]) - rough) - rest) * rstd, d = to_float(dy[c]);
+            const float normed = row.normed(to_float(x[c])), d = to_float(dy[c]);
             const float dnormed = d * (1 + scale[c]);
             along_1 += dnormed;
             along_x += dnormed * normed;
@@ -78,15 +69,15 @@ struct BackwardRows {
         if (branch == nullptr) {
 #pragma omp simd
             for (int64_t c = 0; c < C; ++c) {
-                const float normed = ((to_float(x[c]) - rough) - rest) * rstd;
-                store(dx + c, rstd * (to_float(dy[c]) * (1 + scale[c]) - along_1 - normed * along_x));
+                const float normed = row.normed(to_float(x[c]));
+                store(dx + c, row.rstd * (to_float(dy[c]) * (1 + scale[c]) - along_1 - normed * along_x));
             }
             return;
         }
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) {
-            const float normed = ((to_float(x[c]) - rough) - rest) * rstd;
-            const float d = rstd * (to_float(dy[c]) * (1 + scale[c]) - along_1 - normed * along_x) + to_float(dx_out[c]);
+            const float dnormed = to_float(dy[c]) * (1 + scale[c]);
+            const float d = row.rstd * (dnormed - along_1 - row.normed(to_float(x[c])) * along_x) + to_float(dx_out[c]);
             store(dx + c, d);
             store(dbranch + c, d * gate[c]);
             dgate[c] += d * to_float(branch[c]);

@@ -14,16 +14,10 @@
 #include "../ops.h"
 #include "buffer.h"
 #include "convert.h"
+#include "intrinsics.h"
 #include "isa.h"
 #include "parallel.h"
 #include "tiles.h"
-
-#ifdef VAR_FAST_X86
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 about its own header
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace var_fast::cpu {
 namespace {
