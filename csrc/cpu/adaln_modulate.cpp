@@ -22,7 +22,8 @@ struct Rows {
         for (int64_t row = begin; row < end; ++row) {
             const int64_t offset = std::min(row / L, per_image->M - 1) * per_image->stride;
             row_of(x + row * C, branch ? branch + row * C : nullptr, per_image->gate + offset,
-                   per_image->scale + offset, per_image->shift + offset, C, eps, x_out ? x_out + row * C : nullptr, y + row * C);
+                   per_image->scale + offset, per_image->shift + offset, C, eps,
+                   x_out ? x_out + row * C : nullptr, y + row * C);
         }
     }
 

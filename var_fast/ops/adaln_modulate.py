@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
@@ -38,8 +36,7 @@ def adaln_modulate(
     """
     _check_modulation(x_BLC, scale_BC=scale_BC, shift_BC=shift_BC)
     tensors = x_BLC, scale_BC, shift_BC
-    problem = partial(misfit, *tensors, differentiable=True)
-    chosen = choose_backend("adaln_modulate", x_BLC.device, backend, problem)
+    chosen = choose_backend("adaln_modulate", x_BLC.device, backend, lambda: misfit(*tensors, differentiable=True))
     if chosen != "reference":
         return (_triton if chosen == "triton" else _native)(*tensors, float(eps))
     return adaln_modulate_reference(x_BLC, scale_BC, shift_BC, eps)
