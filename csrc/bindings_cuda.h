@@ -75,6 +75,18 @@ inline void bind_cuda(pybind11::module_& m) {
                                    Address y, bool float_out, Address stream) {
         cuda::skinny_linear(At{x}, At{weight}, Type(type), At{bias}, M, N, K, gelu, At{y}, float_out, At{stream});
     });
+    m.def("cuda_transformer_blocks",
+          [](Address blocks, int type, Size depth, Size M, Size S, Size R, Size l, Size H, Size hidden, Size begin,
+             Size capacity, float eps, float softmax_scale, Address x, Address y, Address q, Address attended,
+             Address hidden_buffer, Address partial, Address barrier, Address stream) {
+              const cuda::TransformerSizes sizes{depth, M, S, R, l, H, hidden, begin, capacity, eps, softmax_scale};
+              const cuda::TransformerBuffers buffers{At{x},       At{y},       At{q}, At{attended}, At{hidden_buffer},
+                                                     At{partial}, At{barrier}};
+              cuda::transformer_blocks(At{blocks}, Type(type), sizes, buffers, At{stream});
+          });
+    m.def("cuda_transformer_blocks_partial_floats", [](Size S, Size l, Size H, Size hidden) {
+        return cuda::transformer_blocks_partial_floats({0, S, S, S, l, H, hidden, 0, l, 0, 0});
+    });
     m.def("cuda_group_norm_silu_scratch_bytes", &cuda::group_norm_silu_scratch_bytes);
     m.def("cuda_gelu",
           [](Address x, int type, Size n, Address stream) { cuda::gelu(At{x}, Type(type), n, At{stream}); });

@@ -64,6 +64,35 @@ constexpr int64_t SKINNY_ROWS = 32;
 void skinny_linear(const void* x, const void* weight, Type type, const void* bias, int64_t M, int64_t N, int64_t K,
                    bool gelu, void* y, bool float_out, void* stream);
 
+// All blocks of the transformer on the l tokens of one scale of S images: x (S, l, C) float32 in place, C = 64 H. A block
+// is, with modulation (M, 6, C) of the order gate1, gate2, scale1, scale2, shift1, shift2,
+//   x += gate1 * proj(attention(qkv(LN(x) (1 + scale1) + shift1)));  x += gate2 * fc2(gelu(fc1(LN(x) (1 + scale2) + shift2)))
+// where image r takes row min(r, M - 1), q and k are as qk_norm makes them, and the attention is over all tokens up to
+// begin + l of the caches (R, H, capacity, 64); R >= S images' keys and values are cached, those from S on as image S - 1's.
+// Weights (out, in), biases (nullptr: none) and caches are of `type`, bfloat16 or float16. One cooperative launch of as
+// many blocks as the device has multiprocessors; sums along K, so a row's rounding, depend on their number and on S l.
+struct TransformerBlock {  // addresses on the device
+    const void *qkv_weight, *qkv_bias, *proj_weight, *proj_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+    const float *scale_H, *modulation;
+    void *k_cache, *v_cache;
+};
+struct TransformerSizes {
+    int64_t depth, M, S, R, l, H, hidden, begin, capacity;
+    float eps, softmax_scale;
+};
+// y and attended (S, l, C), q (R, l, C) and hidden (S, l, hidden) of the type, `partial` as many floats as
+// transformer_blocks_partial_floats, all of any content; barrier: one word, zero before its first use.
+struct TransformerBuffers {
+    float* x;
+    void *y, *q, *attended, *hidden;
+    float* partial;
+    unsigned* barrier;
+};
+constexpr int64_t TRANSFORMER_BLOCKS_ROWS = 1024;  // S l at most
+void transformer_blocks(const TransformerBlock* blocks, Type type, const TransformerSizes& sizes,
+                        const TransformerBuffers& buffers, void* stream);
+int64_t transformer_blocks_partial_floats(const TransformerSizes& sizes);
+
 // y (rows, C) = x + bias + residual, each where it is no nullptr.
 void add_bias_residual(const void* x, Type type, const float* bias, const void* residual, int64_t rows, int64_t C,
                        void* y, void* stream);

@@ -258,3 +258,56 @@ def check_gelu(ops: Operators, dtype, n, seed=0):
     x = (torch.randn(n, generator=generator(seed)) * 4).to(dtype)
     expected = F.gelu(x.double(), approximate="tanh")
     assert_close(ops.gelu(ops.place(x)), expected, BOUNDS[dtype])
+
+
+def check_transformer_blocks(
+    ops: Operators, dtype, S, R, l, H, hidden, begin=0, depth=2, scaled=True, biases=True, seed=0
+):
+    g, D, eps, softmax_scale = generator(seed), 64, 1e-6, 1.0 if scaled else 0.125
+    C, capacity, M = H * D, begin + l + 3, max(S - 1, 1)
+
+    def weights(out, into):
+        bias = torch.randn(out, generator=g).to(dtype) if biases else None
+        return (torch.randn(out, into, generator=g) / into**0.5).to(dtype), bias
+
+    blocks = []
+    for _ in range(depth):
+        shapes = ((3 * C, C), (C, C), (hidden, C), (C, hidden))
+        scale_H = torch.rand(H, generator=g) * 5 + 1 if scaled else None
+        linears = [tensor for shape in shapes for tensor in weights(*shape)]
+        blocks.append([*linears, scale_H, torch.randn(M, 6, C, generator=g)])
+    x = torch.randn(S, l, C, generator=g) * 2
+    before = torch.randn(depth, 2, R, H, capacity, D, generator=g).to(dtype)
+    rows = torch.arange(S).clamp_max(M - 1)
+
+    expected, expected_caches = x.double(), before.double()
+    for block, (keys, values) in zip(blocks, expected_caches):
+        qkv_w, qkv_b, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b, scale_H, modulation = (
+            None if tensor is None else tensor.double() for tensor in block
+        )
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation[rows].unsqueeze(2).unbind(1)
+        y = F.layer_norm(expected, (C,), eps=eps) * (1 + scale1) + shift1
+        q, k, v = F.linear(y, qkv_w, qkv_b).view(S, l, 3, H, D).permute(2, 0, 3, 1, 4)
+        if scaled:
+            q, k = F.normalize(q, dim=-1) * scale_H.view(-1, 1, 1), F.normalize(k, dim=-1)
+        for cache, new in ((keys, k), (values, v)):
+            cache[:, :, begin : begin + l] = new[torch.arange(R).clamp_max(S - 1)]
+        length = begin + l
+        scores = q @ keys[:S, :, :length].transpose(2, 3) * softmax_scale
+        attended = (scores.softmax(-1) @ values[:S, :, :length]).transpose(1, 2).reshape(S, l, C)
+        expected = expected + gate1 * F.linear(attended, proj_w, proj_b)
+        y = F.layer_norm(expected, (C,), eps=eps) * (1 + scale2) + shift2
+        expected = expected + gate2 * F.linear(F.gelu(F.linear(y, fc1_w, fc1_b), approximate="tanh"), fc2_w, fc2_b)
+
+    placed = [[None if tensor is None else ops.place(tensor) for tensor in block] for block in blocks]
+    caches = [(ops.place(keys), ops.place(values)) for keys, values in before]
+    out = ops.transformer_blocks(ops.place(x), placed, caches, begin, eps, softmax_scale, hidden)
+    # seven roundings to the type in a row, of values that products mix, and twice that in two blocks
+    bound = 4 * BOUNDS[dtype]
+    assert_close(out, expected, bound)
+    for pair, originals, wanted in zip(caches, before, expected_caches):
+        for cache, original, values in zip(pair, originals, wanted):
+            assert_close(cache[:, :, begin : begin + l], values[:, :, begin : begin + l], bound)
+            kept = torch.cat((cache.cpu()[:, :, :begin], cache.cpu()[:, :, begin + l :]), 2)
+            assert torch.equal(kept, torch.cat((original[:, :, :begin], original[:, :, begin + l :]), 2))
+    return out

@@ -106,4 +106,20 @@ int64_t group_norm_silu_scratch_bytes(int64_t B, int64_t hw, int64_t C, int64_t 
 const char* gelu(void* x, int64_t type, int64_t n) {
     return message_of([&] { cuda::gelu(x, Type(type), n, nullptr); });
 }
+
+const char* transformer_blocks(const void* blocks, int64_t type, int64_t depth, int64_t M, int64_t S, int64_t R,
+                               int64_t l, int64_t H, int64_t hidden, int64_t begin, int64_t capacity, double eps,
+                               double softmax_scale, float* x, void* y, void* q, void* attended, void* hidden_buffer,
+                               float* partial, unsigned* barrier) {
+    return message_of([&] {
+        const cuda::TransformerSizes sizes{depth, M, S, R, l, H, hidden, begin, capacity, static_cast<float>(eps),
+                                           static_cast<float>(softmax_scale)};
+        const cuda::TransformerBuffers buffers{x, y, q, attended, hidden_buffer, partial, barrier};
+        cuda::transformer_blocks(static_cast<const cuda::TransformerBlock*>(blocks), Type(type), sizes, buffers, nullptr);
+    });
+}
+
+int64_t transformer_blocks_partial_floats(int64_t S, int64_t l, int64_t H, int64_t hidden) {
+    return cuda::transformer_blocks_partial_floats({0, S, S, S, l, H, hidden, 0, l, 0, 0});
+}
 }

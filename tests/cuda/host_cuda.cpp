@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -80,20 +81,32 @@ struct Meeting {
         16) unsigned char brought[2][32][32];  // by turns: who comes again cannot overwrite what is still to be read
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Fiber {
     Context context;
-    enum { running, at_barrier, ended } state = running;
-    unsigned index;
+    enum { running, at_barrier, at_grid_barrier, ended } state = running;
+    unsigned index = 0;
+    std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last one is not closed
+};
+
+struct Block {
+    dim3 index;
+    std::vector<Fiber> fibers;
+    std::vector<std::vector<Meeting>> meetings;  // of each warp
+    bool any_now = false, any_before = false;
+    unsigned char* shared_end = nullptr;
 };
 
 std::vector<std::unique_ptr<unsigned char[]>> stacks;
-std::vector<Fiber> fibers;
-std::vector<std::vector<Meeting>> meetings;  // of each warp
 Fiber* current;
+Block* current_block;
 Context scheduler;
 const std::function<void()>* kernel_body;
 uint64_t progress;  // grows whenever a fiber gets on
-bool any_now, any_before;
 std::string problem;
 
 void give_way() { scheduler.enter(current->context); }
@@ -119,40 +132,67 @@ std::vector<unsigned> ordered(unsigned n) {
     return all;
 }
 
-void run_block(const std::string& op, const std::vector<unsigned>& warp_order,
+// Runs a block's fibers until each of them has ended or waits at a barrier.
+void run_warps(const std::string& op, Block& block, const std::vector<unsigned>& warp_order,
                const std::vector<unsigned>& lane_order) {
-    for (size_t i = 0; i < fibers.size(); ++i) {
-        fibers[i].state = Fiber::running;
-        fibers[i].index = static_cast<unsigned>(i);
-        fibers[i].context.start(stacks[i].get());
+    current_block = &block;
+    blockIdx = block.index;
+    for (unsigned warp : warp_order) {  // as far as it gets without the others
+        for (bool moved = true; moved;) {
+            moved = false;
+            const uint64_t before = progress;
+            for (unsigned lane : lane_order) {
+                current = &block.fibers[warp * 32 + lane];
+                if (current->state != Fiber::running) continue;
+                moved = true;
+                threadIdx.x = current->index;
+                current->context.enter(scheduler);
+                if (!problem.empty()) throw std::runtime_error(op + ": " + problem);
+            }
+            if (moved && progress == before)
+                throw std::runtime_error(op + ": lanes wait for others that do not come");
+        }
     }
-    for (auto& of_warp : meetings) of_warp.clear();
-    any_now = false;
+}
+
+size_t count(const Block& block, decltype(Fiber::state) state) {
+    return std::count_if(block.fibers.begin(), block.fibers.end(),
+                         [&](const Fiber& fiber) { return fiber.state == state; });
+}
+
+void release(Block& block, decltype(Fiber::state) from) {
+    for (Fiber& fiber : block.fibers)
+        if (fiber.state == from) fiber.state = Fiber::running;
+}
+
+// Blocks side by side, to their end.
+void run_blocks(const std::string& op, std::vector<Block>& blocks, const std::vector<unsigned>& warp_order,
+                const std::vector<unsigned>& lane_order) {
+    size_t stack = 0;
+    for (Block& block : blocks)
+        for (size_t i = 0; i < block.fibers.size(); ++i) {
+            block.fibers[i].index = static_cast<unsigned>(i);
+            block.fibers[i].context.start(stacks[stack++].get());
+        }
     problem.clear();
     while (true) {
-        size_t ended = 0;
-        for (unsigned warp : warp_order) {  // as far as it gets without the others
-            for (bool moved = true; moved;) {
-                moved = false;
-                const uint64_t before = progress;
-                for (unsigned lane : lane_order) {
-                    current = &fibers[warp * 32 + lane];
-                    if (current->state != Fiber::running) continue;
-                    moved = true;
-                    threadIdx.x = current->index;
-                    current->context.enter(scheduler);
-                    if (!problem.empty()) throw std::runtime_error(op + ": " + problem);
-                }
-                if (moved && progress == before)
-                    throw std::runtime_error(op + ": lanes wait for others that do not come");
+        bool released = false;
+        size_t ended = 0, waiting = 0;
+        for (Block& block : blocks) {
+            run_warps(op, block, warp_order, lane_order);
+            if (count(block, Fiber::at_barrier) > 0) {
+                release(block, Fiber::at_barrier);
+                block.any_before = block.any_now;
+                block.any_now = false;
+                released = true;
             }
+            ended += count(block, Fiber::ended);
+            waiting += count(block, Fiber::at_grid_barrier);
         }
-        for (const Fiber& fiber : fibers) ended += fiber.state == Fiber::ended;
-        if (ended == fibers.size()) return;
-        for (Fiber& fiber : fibers)
-            if (fiber.state == Fiber::at_barrier) fiber.state = Fiber::running;
-        any_before = any_now;
-        any_now = false;
+        if (ended == stack) return;
+        if (released) continue;
+        if (waiting != stack) throw std::runtime_error(op + ": blocks wait for others that have ended");
+        for (Block& block : blocks) release(block, Fiber::at_grid_barrier);
     }
 }
 
@@ -166,42 +206,75 @@ unsigned char* fenced(size_t bytes, size_t alignment) {
 }
 
 constexpr int64_t MOST_SHARED = 227 * 1024;
-unsigned char* shared_end;
+std::vector<unsigned char*> shared_ends;  // one for each block that runs at a time
 int64_t shared_bytes;
 
 }  // namespace
 
-void run(const std::string& op, const std::function<void()>& body, dim3 grid, int64_t threads, int64_t shared) {
+void run(const std::string& op, const std::function<void()>& body, dim3 grid, int64_t threads, int64_t shared,
+         bool cooperative) {
     if (threads < 1 || threads > 1024 || threads % 32 || grid.y > 65535 || grid.z > 65535 || shared > MOST_SHARED ||
         grid.x == 0 || grid.y == 0 || grid.z == 0)
         throw std::runtime_error(op + ": invalid launch");
-    if (shared_end == nullptr) shared_end = fenced(MOST_SHARED, 1) + MOST_SHARED;
-    while (stacks.size() < static_cast<size_t>(threads))
+    const unsigned total = grid.x * grid.y * grid.z, together = cooperative ? total : 1;
+    while (shared_ends.size() < together) shared_ends.push_back(fenced(MOST_SHARED, 1) + MOST_SHARED);
+    while (stacks.size() < static_cast<size_t>(threads) * together)
         stacks.push_back(std::make_unique<unsigned char[]>(STACK_BYTES));
-    fibers.resize(threads);
-    meetings.resize(threads / 32);
     kernel_body = &body;
     shared_bytes = (shared + 15) / 16 * 16;
     blockDim = dim3(static_cast<unsigned>(threads));
     gridDim = grid;
     const auto warp_order = ordered(static_cast<unsigned>(threads / 32)), lane_order = ordered(32);
-    for (unsigned block : ordered(grid.x * grid.y * grid.z)) {
-        blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
-        std::memset(shared_memory(), 0xff, shared_bytes);
-        run_block(op, warp_order, lane_order);
+    const auto block_order = ordered(total);
+    for (unsigned first = 0; first < total; first += together) {
+        std::vector<Block> blocks(together);
+        for (unsigned i = 0; i < together; ++i) {
+            const unsigned number = block_order[first + i];
+            blocks[i].index = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
+            blocks[i].fibers.resize(threads);
+            blocks[i].meetings.resize(threads / 32);
+            blocks[i].shared_end = shared_ends[i];
+            std::memset(shared_ends[i] - shared_bytes, 0xff, shared_bytes);
+        }
+        run_blocks(op, blocks, warp_order, lane_order);
     }
 }
 
 bool barrier(bool any) {
-    any_now = any_now || any;
+    current_block->any_now = current_block->any_now || any;
     current->state = Fiber::at_barrier;
     ++progress;
     give_way();
-    return any_before;
+    return current_block->any_before;
+}
+
+void grid_barrier() {
+    current->state = Fiber::at_grid_barrier;
+    ++progress;
+    give_way();
+}
+
+void copy_later(void* to, const void* from) {
+    if (current->groups.empty()) current->groups.emplace_back();
+    current->groups.back().push_back({to, from});
+}
+
+void close_group() {
+    if (current->groups.empty()) current->groups.emplace_back();
+    current->groups.emplace_back();
+}
+
+void wait_groups(size_t open) {
+    auto& groups = current->groups;
+    while (groups.size() > open + 1) {
+        for (const Copy& copy : groups.front())
+            copy.from == nullptr ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
+        groups.erase(groups.begin());
+    }
 }
 
 const unsigned char* meet(unsigned mask, const void* brought, int bytes) {
-    auto& of_warp = meetings[current->index / 32];
+    auto& of_warp = current_block->meetings[current->index / 32];
     const unsigned me = 1u << current->index % 32;
     if (!(mask & me)) fail("a lane outside its own mask");
     size_t at = 0;
@@ -223,7 +296,7 @@ const unsigned char* meet(unsigned mask, const void* brought, int bytes) {
     return meeting.brought[time % 2][0];
 }
 
-unsigned char* shared_memory() { return shared_end - shared_bytes; }
+unsigned char* shared_memory() { return current_block->shared_end - shared_bytes; }
 
 }  // namespace host_cuda
 

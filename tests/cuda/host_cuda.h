@@ -1,8 +1,9 @@
 // Runs CUDA kernels on a CPU, for tests: g++ -x c++ -DVAR_FAST_ON_HOST -include host_cuda.h <operator>.cu
 //
-// Every thread of a block is a fiber (host_cuda.cpp); blocks run one after another. A fiber gives way only where CUDA
-// threads wait for each other, so a race shows as a result that depends on `host_cuda::order`, the order in which
-// threads and blocks run. Dynamic shared memory starts as NaNs and ends at a page that must not be touched.
+// Every thread of a block is a fiber (host_cuda.cpp); blocks run one after another, those of a cooperative launch side by
+// side. A fiber gives way only where CUDA threads wait for each other, so a race shows as a result that depends on
+// `host_cuda::order`, the order in which threads and blocks run. Dynamic shared memory starts as NaNs and ends at a page
+// that must not be touched; asynchronous copies are made as late as they may be.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time
+#define __shared__ static  // one block runs at a time; cooperative kernels have dynamic shared memory only
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -31,13 +32,22 @@ namespace host_cuda {
 inline int order = 0;  // 0: first to last, 1: last to first, others: at random, by this seed
 
 // Runs `body` in `threads` fibers for each block; throws std::runtime_error where a launch would fail or never end.
-void run(const std::string& op, const std::function<void()>& body, dim3 grid, int64_t threads, int64_t shared);
+void run(const std::string& op, const std::function<void()>& body, dim3 grid, int64_t threads, int64_t shared,
+         bool cooperative = false);
 
 // Waits for all threads of the block that have not ended; whether `any` of them said so.
 bool barrier(bool any);
 
 // Waits for the lanes in `mask`; an array of 32 of what they brought, `bytes` (at most 32) each, 32 apart.
 const unsigned char* meet(unsigned mask, const void* brought, int bytes);
+
+// Waits for all threads of a cooperative launch.
+void grid_barrier();
+
+// Asynchronous copies of 16 bytes, zeros where `from` is nullptr: made when their group is waited for.
+void copy_later(void* to, const void* from);
+void close_group();
+void wait_groups(size_t open);  // until at most so many are open
 
 unsigned char* shared_memory();
 
@@ -189,6 +199,34 @@ template <class... Parameters, class... Arguments>
 void launch_dependent(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared,
                       void* stream, Arguments... arguments) {
     launch(op, kernel, grid, threads, shared, stream, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_cooperative(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared, void*,
+                        Arguments... arguments) {
+    host_cuda::run(op, [&] { kernel(static_cast<Parameters>(arguments)...); }, grid, threads, shared, true);
+}
+
+inline void grid_barrier(unsigned*) { host_cuda::grid_barrier(); }
+inline void prefetch(const void*) {}
+inline int64_t multiprocessors(const char*) { return 4; }
+
+inline void copy_16_async(void* to, const void* from, bool inside) {
+    host_cuda::copy_later(to, inside ? from : nullptr);
+}
+inline void close_group() { host_cuda::close_group(); }
+template <int OPEN>
+void wait_groups() {
+    host_cuda::wait_groups(OPEN);
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+    const unsigned char* const all = host_cuda::meet(~0u, &row, sizeof(row));
+    const int lane = host_cuda::lane();
+    for (int i = 0; i < 4; ++i) {
+        const auto* const from = host_cuda::from_lane<const unsigned char*>(all, i * 8 + lane / 4);
+        std::memcpy(&words[i], from + lane % 4 * 4, 4);
+    }
 }
 
 template <class T>

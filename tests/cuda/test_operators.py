@@ -21,6 +21,7 @@ from tests.cuda.checks import (
     check_residual_adaln_modulate,
     check_scale_attention,
     check_skinny_linear,
+    check_transformer_blocks,
     check_weave_phases,
 )
 
@@ -314,3 +315,39 @@ def test_gelu(ops, dtype, n):
 def test_gelu_far_out(ops, dtype):
     x = ops.place(torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0]).to(dtype))
     assert torch.equal(ops.gelu(x), torch.tensor([-0.0, -0.0, 0.0, 20.0, 200.0]).to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------- transformer_blocks
+@halves
+@pytest.mark.parametrize("S, R, l, begin", [(3, 4, 1, 0), (2, 2, 4, 5), (2, 2, 25, 30), (3, 3, 49, 91)])
+def test_transformer_blocks(ops, dtype, S, R, l, begin):
+    check_transformer_blocks(ops, dtype, S, R, l, H=2, hidden=512, begin=begin)
+
+
+def test_transformer_blocks_of_odd_sizes(ops):
+    check_transformer_blocks(
+        ops, torch.bfloat16, S=1, R=1, l=9, H=1, hidden=200, begin=5, depth=1, scaled=False, biases=False
+    )
+    check_transformer_blocks(ops, torch.float16, S=1, R=1, l=17, H=3, hidden=264, begin=1, depth=3)
+
+
+def test_transformer_blocks_in_any_order(ops, every_order):
+    every_order(lambda: check_transformer_blocks(ops, torch.float16, S=2, R=2, l=16, H=2, hidden=256, begin=14))
+
+
+@pytest.mark.parametrize(
+    "dtype, H, l, hidden, message",
+    [
+        (torch.float32, 1, 1, 64, "bfloat16 or float16"),
+        (torch.float16, 81, 1, 64, "at most 80 heads"),
+        (torch.float16, 1, 1, 60, "hidden a multiple of 8"),
+        (torch.float16, 1, 1025, 64, "at most 1024 tokens"),
+    ],
+)
+def test_transformer_blocks_refuses(ops, dtype, H, l, hidden, message):
+    C = 64 * H
+    x = ops.place(torch.zeros(1, l, C))
+    block = [None] * 9 + [ops.place(torch.zeros(1, 6, C))]
+    caches = [(ops.place(torch.zeros(1, H, l, 64, dtype=dtype)),) * 2]
+    with pytest.raises(RuntimeError, match=f"transformer_blocks: expected .*{message}"):
+        ops.transformer_blocks(x, [block], caches, 0, 1e-6, 1.0, hidden)
