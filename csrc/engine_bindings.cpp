@@ -118,6 +118,7 @@ void bind_engine(py::module_& m) {
         .def_readwrite("head_modulation", &Model::head_modulation)
         .def_readwrite("head", &Model::head)
         .def_readwrite("blocks", &Model::blocks)
+        .def_readwrite("one_launch_rows", &Model::one_launch_rows)
         .def("set_phi",
              [](Model& model, const std::vector<std::tuple<MaybeTensor, MaybeTensor, double>>& scales) {
                  model.phi.clear();

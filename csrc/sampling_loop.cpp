@@ -74,6 +74,7 @@ SamplingRun::SamplingRun(std::shared_ptr<const Model> model, int64_t batch, bool
         k_cache_.push_back(at::zeros({k}, bytes));
         v_cache_.push_back(at::zeros({v}, bytes));
     }
+    prepare_one_launch();
 }
 
 void SamplingRun::begin(const at::Tensor& label_B, double cfg, uintptr_t stream) {
@@ -139,7 +140,9 @@ at::Tensor SamplingRun::logits() {
                                      y.mutable_data_ptr(), element_type(y));
     };
     at::Tensor branch_NC;
-    for (int64_t d = 0; d < depth; ++d) {
+    const bool one_launch = N <= one_launch_rows_;
+    if (one_launch) blocks_in_one_launch(S);  // x is then whole, with no branch still to be added
+    for (int64_t d = 0; d < depth && !one_launch; ++d) {
         const BlockWeights& block = m.blocks[d];
         norm(S, branch_NC, d ? modulation(d - 1, gate2) : nullptr, modulation(d, scale1), modulation(d, shift1), y_NC);
         const at::Tensor qkv_N3C = linear(y_NC, block.qkv, false, buffer(qkv_, 3 * C), place_);
@@ -167,6 +170,71 @@ at::Tensor SamplingRun::logits() {
     linear_float32(place_.cuda ? h_NC.to(scalar_type(m.type)) : h_NC, m.head, logits_NV, place_);
     return logits_NV.view({B_, l, m.V});
 }
+
+#ifdef VAR_FAST_WITH_CUDA
+void SamplingRun::prepare_one_launch() {
+    const Model& m = *model_;
+    if (!place_.cuda || m.type == Type::f32 || m.C != 64 * m.H || m.one_launch_rows <= 0) return;
+    one_launch_rows_ = std::min(m.one_launch_rows, cuda::TRANSFORMER_BLOCKS_ROWS);
+    int64_t floats_needed = 1;
+    for (int64_t si = 0; si < m.scales(); ++si) {
+        const int64_t S = si == 0 ? M_ : R_, l = m.tokens(si);
+        if (S * l > one_launch_rows_) continue;
+        const cuda::TransformerSizes sizes{0, M_, S, R_, l, m.H, m.hidden, 0, l, 0, 0};
+        floats_needed = std::max(floats_needed, cuda::transformer_blocks_partial_floats(sizes));
+    }
+    const auto options = x_.options();
+    partial_ = at::empty({floats_needed}, options);
+    barrier_ = at::zeros({1}, options.dtype(at::kInt));
+    // Rows as cuda::TransformerBlock has them.
+    static_assert(sizeof(cuda::TransformerBlock) == 12 * sizeof(int64_t));
+    const auto depth = static_cast<int64_t>(m.blocks.size());
+    const at::Tensor table = at::empty({depth, 12}, at::kLong);
+    const auto address = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
+    auto* const rows = reinterpret_cast<cuda::TransformerBlock*>(table.mutable_data_ptr<int64_t>());
+    for (int64_t d = 0; d < depth; ++d) {
+        const BlockWeights& block = m.blocks[d];
+        rows[d] = {address(block.qkv.weight_NK),
+                   address(block.qkv.bias_N),
+                   address(block.proj.weight_NK),
+                   address(block.proj.bias_N),
+                   address(block.fc1.weight_NK),
+                   address(block.fc1.bias_N),
+                   address(block.fc2.weight_NK),
+                   address(block.fc2.bias_N),
+                   floats(block.scale_H),
+                   modulation(d, 0),
+                   k_cache_[d].mutable_data_ptr(),
+                   v_cache_[d].mutable_data_ptr()};
+    }
+    block_table_ = table.to(m.device());
+}
+
+void SamplingRun::blocks_in_one_launch(int64_t images) {
+    VAR_FAST_RANGE("transformer_blocks");
+    const Model& m = *model_;
+    const cuda::TransformerSizes sizes{static_cast<int64_t>(m.blocks.size()),
+                                       M_,
+                                       images,
+                                       R_,
+                                       m.tokens(scale_),
+                                       m.H,
+                                       m.hidden,
+                                       begin_,
+                                       m.total_tokens(),
+                                       m.eps,
+                                       m.softmax_scale};
+    const cuda::TransformerBuffers buffers{x_.mutable_data_ptr<float>(),   y_.mutable_data_ptr(),
+                                           q_.mutable_data_ptr(),          attended_.mutable_data_ptr(),
+                                           hidden_.mutable_data_ptr(),     partial_.mutable_data_ptr<float>(),
+                                           static_cast<unsigned*>(barrier_.mutable_data_ptr())};
+    cuda::transformer_blocks(static_cast<const cuda::TransformerBlock*>(pointer(block_table_)), m.type, sizes, buffers,
+                             place_.stream);
+}
+#else
+void SamplingRun::prepare_one_launch() {}
+void SamplingRun::blocks_in_one_launch(int64_t) {}
+#endif
 
 at::Tensor SamplingRun::attend(int64_t block, int64_t images) {
     VAR_FAST_RANGE("scale_attention");

@@ -39,6 +39,7 @@ struct Model {
     std::vector<BlockWeights> blocks;
     std::vector<Phi> phi;  // one a scale
     Decoder decoder;
+    int64_t one_launch_rows = 0;  // on CUDA: scales of at most so many tokens of all images have their blocks in one launch
 
     int64_t scales() const { return static_cast<int64_t>(patch_nums.size()); }
     int64_t tokens(int64_t scale) const { return patch_nums[scale] * patch_nums[scale]; }
@@ -82,6 +83,8 @@ private:
     void modulations(const at::Tensor& label_B);
     at::Tensor attend(int64_t block, int64_t images);  // (images * l, C) of the queries in q_
     const float* modulation(int64_t block, int64_t part) const;
+    void prepare_one_launch();
+    void blocks_in_one_launch(int64_t images);
 
     std::shared_ptr<const Model> model_;
     const int64_t B_;
@@ -93,6 +96,8 @@ private:
     at::Tensor condition_MC_, modulation_dM6C_, head_modulation_M2C_, x_, y_, attended_, qkv_, q_, hidden_, branch_, head_in_,
         logits_, f_hat_BChw_, next_map_BlC_, idx_, not_finite_SB_;
     std::vector<at::Tensor> k_cache_, v_cache_;
+    int64_t one_launch_rows_ = 0;
+    at::Tensor block_table_, partial_, barrier_;  // of cuda::transformer_blocks
 };
 
 }  // namespace var_fast

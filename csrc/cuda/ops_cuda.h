@@ -1,8 +1,9 @@
 // The CUDA operators: plain pointers to device memory, sizes, a stream (cudaStream_t). No torch, no CUDA header.
 //
 // None of them waits for the device or allocates, so a CUDA graph can capture them all; results do not depend on the
-// order in which blocks run, nor (bit for bit) on the number of images. A refused shape or a failed launch throws
-// std::runtime_error that names the operator. Arrays are contiguous and start at multiples of 16 bytes.
+// order in which blocks run, nor (bit for bit, but of transformer_blocks) on the number of images. A refused shape or a
+// failed launch throws std::runtime_error that names the operator. Arrays are contiguous and start at multiples of 16
+// bytes.
 #pragma once
 
 #include <cstdint>

@@ -119,7 +119,7 @@ class Operators(ABC):
     def transformer_blocks(self, x_SlC, blocks, caches, begin, eps, softmax_scale, hidden):
         """x_SlC and the caches, a pair (R, H, capacity, D) a block, are changed in place. `blocks`: of each block what
         TransformerBlock names but the caches, placed, or None."""
-        (S, l, C), (R, H, capacity, D) = x_SlC.shape, caches[0][0].shape
+        (S, l, C), (R, H, capacity, _) = x_SlC.shape, caches[0][0].shape
         dtype, modulation_M6C = caches[0][0].dtype, blocks[0][-1]
         rows = [[0 if t is None else t.data_ptr() for t in (*block, *pair)] for block, pair in zip(blocks, caches)]
         sizes = (len(blocks), len(modulation_M6C), S, R, l, H, hidden, begin, capacity)
@@ -128,7 +128,5 @@ class Operators(ABC):
         barrier = self.place(torch.zeros(1, dtype=torch.int32))
         numbers = (float(eps), float(softmax_scale))
         table = self.place(torch.tensor(rows))
-        self.call(
-            "transformer_blocks", table, TYPES[dtype], *sizes, *numbers, x_SlC, *buffers, partial, barrier
-        )
+        self.call("transformer_blocks", table, TYPES[dtype], *sizes, *numbers, x_SlC, *buffers, partial, barrier)
         return x_SlC

@@ -332,7 +332,7 @@ def test_transformer_blocks_of_odd_sizes(ops):
 
 
 def test_transformer_blocks_in_any_order(ops, every_order):
-    every_order(lambda: check_transformer_blocks(ops, torch.float16, S=2, R=2, l=16, H=2, hidden=256, begin=14))
+    every_order(lambda: check_transformer_blocks(ops, torch.float16, S=2, R=2, l=49, H=2, hidden=64, begin=14, depth=1))
 
 
 @pytest.mark.parametrize(

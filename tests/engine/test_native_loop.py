@@ -20,7 +20,7 @@ from var_fast import VAR, VQVAE, Sampler
 from var_fast.engine.graphs import bucket
 from var_fast.engine.loops import choose_loop, native_can
 from var_fast.engine.native_loop import NativeLoop
-from var_fast.engine.native_model import subpixel_weights
+from var_fast.engine.native_model import native_model, subpixel_weights
 from var_fast.engine.options import SamplingOptions
 from var_fast.engine.python_loop import PythonLoop
 from var_fast.engine.why_not_native import why_not_native
@@ -396,3 +396,10 @@ def test_decoder_of_many_pixels(dtype, tolerance):
     _, expected_B3HW = reference(var, tokens)
     assert image_B3HW.shape == (3, 3, 68, 68)
     assert relative(image_B3HW, expected_B3HW) < tolerance
+
+
+@pytest.mark.parametrize("value", ["", "-1", "many"])
+def test_one_launch_rows_that_are_no_number(value, monkeypatch):
+    monkeypatch.setenv("VAR_FAST_ONE_LAUNCH_ROWS", value)
+    with pytest.raises(UserError, match="VAR_FAST_ONE_LAUNCH_ROWS is '.*', expected a number of tokens"):
+        native_model(load_case(CASES[0]).var, torch.float32)

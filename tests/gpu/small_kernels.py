@@ -49,6 +49,8 @@ def cuda_operators() -> None:
     for dtype in checks.DTYPES[1:]:
         checks.check_skinny_linear(ops, dtype, M=3, N=40, K=264, gelu=True)
         checks.check_skinny_linear(ops, dtype, M=31, N=40, K=2056, float_out=True)
+        checks.check_transformer_blocks(ops, dtype, S=3, R=4, l=1, H=2, hidden=512)
+        checks.check_transformer_blocks(ops, dtype, S=2, R=2, l=49, H=3, hidden=264, begin=14)
     for kind in ("normal", "ties", "equal", "wide", "outlier", "zeros", "tiny"):
         checks.check_draw_tokens(ops, B=2, l=3, V=1003, top_k=600, top_p=0.9017, kind=kind)
     checks.check_draw_tokens(ops, B=2, l=3, V=4096, top_k=0, top_p=0.9017, kind="outlier")

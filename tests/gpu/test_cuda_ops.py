@@ -19,6 +19,7 @@ from tests.cuda.checks import (
     check_residual_adaln_modulate,
     check_scale_attention,
     check_skinny_linear,
+    check_transformer_blocks,
     check_weave_phases,
 )
 from tests.cuda.device import DeviceOperators
@@ -183,3 +184,10 @@ def test_a_graph_captures_them(ops):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, expected_y) and torch.equal(idx, expected_idx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("H", [16, 30])
+@pytest.mark.parametrize("S, R, l, begin", [(2, 2, 1, 0), (5, 8, 1, 0), (2, 2, 36, 55), (3, 3, 256, 424)])
+def test_transformer_blocks(ops, dtype, H, S, R, l, begin):
+    check_transformer_blocks(ops, dtype, S, R, l, H, hidden=256 * H, begin=begin)

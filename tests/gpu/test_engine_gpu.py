@@ -48,6 +48,21 @@ def test_logits_of_every_scale_and_the_image(case, dtype, tolerance, cfg, monkey
     assert on_cpu.relative(image_B3HW, expected_B3HW) < tolerance
 
 
+@pytest.mark.parametrize("dtype,tolerance", [("float16", 4e-3), ("bfloat16", 3e-2)])
+def test_blocks_in_one_launch(dtype, tolerance, monkeypatch):
+    monkeypatch.setenv("VAR_FAST_ONE_LAUNCH_ROWS", "1024")
+    monkeypatch.setattr(on_cpu, "LABELS", on_cpu.LABELS.to(DEVICE))
+    var = load_checkpoint("demo").var.to(DEVICE).eval()
+    tokens = [idx_Bl.to(DEVICE) for idx_Bl in on_cpu.some_tokens(var)]
+    loop = NativeLoop(var, getattr(torch, dtype))
+    logits, _ = on_cpu.follow(loop, tokens)
+    expected, _ = on_cpu.reference(var, tokens)
+    for si in range(len(var.patch_nums)):
+        assert on_cpu.relative(logits[si], expected[si]) < tolerance, si
+    again, _ = on_cpu.follow(loop, tokens)  # the barrier is ready for more
+    assert all(map(torch.equal, logits, again))
+
+
 @pytest.mark.parametrize("more_smooth", [False, True])
 def test_graphs_give_the_modules_images(case, more_smooth):
     sampler = Sampler(case.var, dtype="float32")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from var_fast.engine.file_pages import FilePages
+from var_fast.errors import UserError
 from var_fast.models import VAR
 from var_fast.models.autoencoder import AttnBlock, Decoder, ResnetBlock
 from var_fast.models.block import MAX_LOG_SCALE
@@ -34,6 +36,7 @@ def native_model(var: VAR, dtype: torch.dtype):
     model.C, model.H, model.V, model.Cvae = var.C, var.num_heads, var.V, var.Cvae
     model.hidden = var.blocks[0].ffn.fc1.out_features
     model.eps, model.softmax_scale = var.head_nm.ln_wo_grad.eps, attention.scale
+    model.one_launch_rows = _one_launch_rows()
 
     with torch.no_grad():
         model.class_embedding = _float(var.class_emb.weight)
@@ -77,6 +80,14 @@ def _phi(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None, fl
     if isinstance(layer, Phi):
         return _float(layer.weight), _float(layer.bias), layer.resi_ratio
     return None, None, 0.0
+
+
+def _one_launch_rows() -> int:
+    """VAR_FAST_ONE_LAUNCH_ROWS; 0 where it is not set, until a GPU has shown from where on it is faster."""
+    value = os.environ.get("VAR_FAST_ONE_LAUNCH_ROWS", "0")
+    if not value.isdecimal():
+        raise UserError(f"VAR_FAST_ONE_LAUNCH_ROWS is {value!r}, expected a number of tokens")
+    return int(value)
 
 
 class _Packer:
