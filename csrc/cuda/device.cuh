@@ -138,6 +138,22 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// As `launch`, with an attribute.
+template <class... Parameters, class... Arguments>
+void launch_with(const cudaLaunchAttribute& attribute, const char* op, void (*kernel)(Parameters...), dim3 grid,
+                 int64_t threads, int64_t shared, void* stream, Arguments... arguments) {
+    allow_shared(op, kernel, shared);
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[] = {attribute};
+    config.attrs = attributes;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
+}
+
 // As `launch`, for kernels whose threads all call `wait_for_previous`: on GPUs that can (from 9.0 on), the kernel is
 // started while the one before it ends.
 template <class... Parameters, class... Arguments>
@@ -147,18 +163,10 @@ void launch_dependent(const char* op, void (*kernel)(Parameters...), dim3 grid, 
     check(cudaGetDevice(&device), op);
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
     if (major < 9) return launch(op, kernel, grid, threads, shared, stream, arguments...);
-    allow_shared(op, kernel, shared);
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &early;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
+    launch_with(early, op, kernel, grid, threads, shared, stream, arguments...);
 }
 #endif
 

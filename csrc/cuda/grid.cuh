@@ -39,18 +39,10 @@ inline int64_t multiprocessors(const char* op) {
 template <class... Parameters, class... Arguments>
 void launch_cooperative(const char* op, void (*kernel)(Parameters...), dim3 grid, int64_t threads, int64_t shared,
                         void* stream, Arguments... arguments) {
-    allow_shared(op, kernel, shared);
     cudaLaunchAttribute together{};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &together;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), op);
+    launch_with(together, op, kernel, grid, threads, shared, stream, arguments...);
 }
 #endif
 
