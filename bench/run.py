@@ -202,8 +202,10 @@ def _make_directory(out: Path | None) -> Path:
 
 
 def _command() -> str:
-    """The command, fit for a file that others read: of a path, only its last part."""
-    return shlex.join(["python", "bench/run.py", *map(without_paths, sys.argv[1:])])
+    """The command, fit for a file that others read: of a path, only its last part. With what the environment changes."""
+    rows = os.environ.get("VAR_FAST_ONE_LAUNCH_ROWS")
+    settings = f"VAR_FAST_ONE_LAUNCH_ROWS={shlex.quote(rows)} " if rows is not None else ""
+    return settings + shlex.join(["python", "bench/run.py", *map(without_paths, sys.argv[1:])])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.rows import Report
-from bench.run import main
+from bench.run import _command, main
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--suite", "sample", "--models", "demo", "--batch", "1", "--rounds", "2", "--seconds", "0", "--device", "cpu"]
@@ -118,3 +118,10 @@ def test_help_explains_the_options(capsys):
     output = capsys.readouterr().out
     for word in ("--suite", "--models", "--peer", "--quick", "--compare", "published=PATH"):
         assert word in output
+
+
+def test_the_command_names_what_the_environment_changes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench/run.py", "--quick"])
+    assert _command() == "python bench/run.py --quick"
+    monkeypatch.setenv("VAR_FAST_ONE_LAUNCH_ROWS", "512")
+    assert _command() == "VAR_FAST_ONE_LAUNCH_ROWS=512 python bench/run.py --quick"
