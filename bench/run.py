@@ -202,7 +202,7 @@ def _make_directory(out: Path | None) -> Path:
 
 
 def _command() -> str:
-    """The command, fit for a file that others read: of a path, only its last part. With what the environment changes."""
+    """The command, fit for a file that others read: of a path, only its last part. With what the environment sets."""
     rows = os.environ.get("VAR_FAST_ONE_LAUNCH_ROWS")
     settings = f"VAR_FAST_ONE_LAUNCH_ROWS={shlex.quote(rows)} " if rows is not None else ""
     return settings + shlex.join(["python", "bench/run.py", *map(without_paths, sys.argv[1:])])

@@ -120,7 +120,7 @@ def test_help_explains_the_options(capsys):
         assert word in output
 
 
-def test_the_command_names_what_the_environment_changes(monkeypatch):
+def test_the_command_names_what_the_environment_sets(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench/run.py", "--quick"])
     assert _command() == "python bench/run.py --quick"
     monkeypatch.setenv("VAR_FAST_ONE_LAUNCH_ROWS", "512")
