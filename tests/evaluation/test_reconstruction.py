@@ -93,7 +93,8 @@ def test_two_ranks_agree_with_one():
     for found in (*shared, *lopsided):
         assert found.keys() == alone.keys()
         for name, value in alone.items():
-            assert found[name] == pytest.approx(value, rel=1e-6), name
+            # SSIM comes near 0 here, as a mean of float32 values up to 1, whose rounding is 6e-8
+            assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-7 if name == "ssim" else 0), name
         assert found["code_use_percent_per_scale"] == alone["code_use_percent_per_scale"]
     assert broken == ["rank 1: cannot read b.png", "cannot read b.png"]
 

@@ -16,7 +16,8 @@ if sys.argv[1] == "keep":
     print(keep_freed_memory())
 def work():
     return [torch.ones(2**22) * 2 for _ in range(4)]  # of 16 MiB each
-work()
+for _ in range(10):  # until the heap is as large as its gaps make it, which differs from machine to machine
+    work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(60):
     work()
@@ -34,4 +35,4 @@ def faults(how: str) -> int:
 
 def test_freed_memory_is_kept():
     first = 5 * 2**12  # pages of 4 KiB of one round's five tensors
-    assert faults("keep") < 1.5 * first < faults("leave")
+    assert faults("keep") < first < faults("leave")
