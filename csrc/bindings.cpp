@@ -163,6 +163,18 @@ void cpu_conv3x3(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residu
                            h, w, Cin, Cout, reinterpret_cast<float*>(y), threads);
 }
 
+void cpu_linear_bf16_pack(uintptr_t weight, int64_t N, int64_t K, uintptr_t packed, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::linear_bf16_pack(pointer<void>(weight), N, K, writable<void>(packed), threads);
+}
+
+void cpu_linear_bf16(uintptr_t x, uintptr_t packed, uintptr_t bias, int64_t M, int64_t N, int64_t K, bool gelu,
+                     uintptr_t y, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::linear_bf16(pointer<void>(x), pointer<void>(packed), pointer<float>(bias), M, N, K, gelu,
+                               writable<void>(y), threads);
+}
+
 void cpu_conv3x3_bf16_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed) {
     py::gil_scoped_release without_gil;
     var_fast::cpu::conv3x3_bf16_pack(pointer<float>(weight), Cin, Cout, writable<void>(packed));
@@ -232,6 +244,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
     m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
           py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_linear_bf16_packed_bytes", &var_fast::cpu::linear_bf16_packed_bytes, py::arg("N"), py::arg("K"));
+    m.def("cpu_linear_bf16_pack", &cpu_linear_bf16_pack, py::arg("weight"), py::arg("N"), py::arg("K"),
+          py::arg("packed"), py::arg("threads"));
+    m.def("cpu_linear_bf16", &cpu_linear_bf16, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("M"),
+          py::arg("N"), py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
     m.def("cpu_conv3x3_packed_bytes", &var_fast::cpu::conv3x3_packed_bytes, py::arg("Cin"), py::arg("Cout"));
     m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
     m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),

@@ -31,8 +31,8 @@ auto guarded(const F& f) {
     return f();
 }
 
-Linear make_linear(const at::Tensor& weight_NK, const MaybeTensor& bias_N, bool packed, int64_t out_features) {
-    return {weight_NK, bias_N.value_or(at::Tensor()), packed, out_features};
+Linear make_linear(const at::Tensor& weight_NK, const MaybeTensor& bias_N, Layout layout, int64_t out_features) {
+    return {weight_NK, bias_N.value_or(at::Tensor()), layout, out_features};
 }
 
 }  // namespace
@@ -59,7 +59,11 @@ uint64_t fingerprint(const std::vector<at::Tensor>& tensors) {
 void bind_engine(py::module_& m) {
     m.def("fingerprint", &fingerprint, py::arg("tensors"));
 
-    py::class_<Linear>(m, "Linear").def(py::init(&make_linear), py::arg("weight"), py::arg("bias"), py::arg("packed"),
+    py::enum_<Layout>(m, "Layout")
+        .value("plain", Layout::plain)
+        .value("onednn", Layout::onednn)
+        .value("tiles", Layout::tiles);
+    py::class_<Linear>(m, "Linear").def(py::init(&make_linear), py::arg("weight"), py::arg("bias"), py::arg("layout"),
                                         py::arg("out_features"));
 
     py::class_<Norm>(m, "Norm").def(py::init([](const at::Tensor& weight_C, const at::Tensor& bias_C, int64_t groups,

@@ -62,7 +62,7 @@ Type element_type(const at::Tensor& tensor) {
 
 at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place) {
     const bool is_float = x_MK.scalar_type() == at::kFloat;
-    TORCH_CHECK_VALUE(layer.packed || layer.weight_NK.size(1) == x_MK.size(1), "a layer takes ", layer.weight_NK.size(1),
+    TORCH_CHECK_VALUE(layer.layout != Layout::plain || layer.weight_NK.size(1) == x_MK.size(1), "a layer takes ", layer.weight_NK.size(1),
                       " features and is given ", x_MK.size(1));
     TORCH_CHECK_VALUE(!y_MN.defined() || y_MN.size(1) == layer.out_features, "a layer makes ", layer.out_features,
                       " features, expected ", y_MN.size(1));
@@ -72,9 +72,18 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
                     x_MK.size(0), layer.out_features, x_MK.size(1), gelu, y_MN.mutable_data_ptr<float>(), place.threads);
         return y_MN;
     }
+    if (layer.layout == Layout::tiles) {
+        RECORD_USER_SCOPE("op:matrix products");
+        const int64_t M = x_MK.size(0), N = layer.out_features, K = x_MK.size(1);
+        TORCH_CHECK_VALUE(layer.weight_NK.nbytes() == static_cast<size_t>(cpu::linear_bf16_packed_bytes(N, K)),
+                          "a layer's weights do not fit ", K, " features");
+        cpu::linear_bf16(x_MK.const_data_ptr(), layer.weight_NK.const_data_ptr(), float_pointer(layer.bias_N), M, N, K,
+                         gelu, y_MN.mutable_data_ptr(), place.threads);
+        return y_MN;
+    }
     if (!place.cuda) {
         const at::Tensor made_MN =
-            layer.packed ? packed_linear(x_MK, layer) : at::linear(x_MK, layer.weight_NK, layer.bias_N);
+            layer.layout == Layout::onednn ? packed_linear(x_MK, layer) : at::linear(x_MK, layer.weight_NK, layer.bias_N);
         if (gelu) {
             RECORD_USER_SCOPE("op:gelu");
             cpu::gelu(made_MN.const_data_ptr(), element_type(made_MN), made_MN.numel(), made_MN.mutable_data_ptr(),

@@ -1,5 +1,5 @@
-// A linear layer where its weights lie: own float32 kernel or oneDNN's packed bfloat16 on a CPU, cuBLASLt on
-// CUDA, of a half type and few rows our own kernel.
+// A linear layer where its weights lie: on a CPU own float32 kernel, of bfloat16 own kernel with AMX, else oneDNN's
+// packed one; on CUDA cuBLASLt, of a half type and few rows own kernel.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,10 +15,12 @@ struct Place {
     int threads = 1;
 };
 
+// Of weights: (N, K); as mkldnn::_reorder_linear_weight leaves them; as cpu::linear_bf16_pack does, bias float32.
+enum class Layout { plain, onednn, tiles };
+
 struct Linear {
     at::Tensor weight_NK, bias_N;  // bias undefined: none
-    bool packed = false;           // by mkldnn::_reorder_linear_weight
-
+    Layout layout = Layout::plain;
     int64_t out_features = 0;
 };
 

@@ -66,6 +66,13 @@ void scale_attention(const void* q, const void* k_cache, const void* v_cache, Ty
 void linear(const float* x, const float* weight, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu,
             float* y, int threads);
 
+// The same of bfloat16 x and y, summed in float32. linear_bf16_pack makes `packed` (linear_bf16_packed_bytes long, aligned
+// to 64 bytes) from weight (N, K) bfloat16. Needs isa() >= amx, else throws std::runtime_error; packing does not.
+int64_t linear_bf16_packed_bytes(int64_t N, int64_t K);
+void linear_bf16_pack(const void* weight, int64_t N, int64_t K, void* packed, int threads);
+void linear_bf16(const void* x, const void* packed, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu, void* y,
+                 int threads);
+
 // y (B, h, w, Cout) = 3x3 convolution (stride 1, zero padding 1) of x (B, h, w, Cin) + bias (nullptr: none) + residual
 // (the shape of y, may be y itself; nullptr: none), float32. conv3x3_pack makes `packed` (conv3x3_packed_bytes long,
 // aligned to 64 bytes) from weight (Cout, Cin, 3, 3); it holds for one process: its layout follows the instruction set.

@@ -54,7 +54,8 @@ SamplingRun::SamplingRun(std::shared_ptr<const Model> model, int64_t batch, bool
     next_map_BlC_ = at::empty({B_ * tokens * m.Cvae}, options);
     idx_ = at::empty({B_ * tokens}, options.dtype(at::kLong));
     not_finite_SB_ = at::zeros({m.scales(), B_}, options.dtype(at::kInt));
-    if (place_.cuda || m.type == Type::f32) {  // oneDNN's packed products return tensors of their own
+    const bool tiles = !m.blocks.empty() && m.blocks[0].qkv.layout == Layout::tiles;
+    if (place_.cuda || m.type == Type::f32 || tiles) {  // oneDNN's packed products return tensors of their own
         qkv_ = at::empty({R_ * tokens * 3 * m.C}, half);
         hidden_ = at::empty({R_ * tokens * m.hidden}, half);
         branch_ = at::empty({R_ * tokens * m.C}, half);

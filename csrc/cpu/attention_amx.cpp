@@ -1,6 +1,6 @@
 // scale_attention's products of bfloat16 in AMX tiles (16 rows of 64 bytes); the softmax between them is AVX-512's.
+#include "amx.h"
 #include "attention_kernels.h"
-#include "intrinsics.h"
 
 #ifdef VAR_FAST_X86
 #include "attention_softmax_avx512.h"
@@ -8,15 +8,6 @@
 namespace var_fast::cpu {
 namespace {
 
-struct alignas(64) TileConfiguration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-const TileConfiguration CONFIGURATION;
-
-VAR_FAST_AMX void begin() { _tile_loadconfig(&CONFIGURATION); }
-VAR_FAST_AMX void end() { _tile_release(); }
 VAR_FAST_AMX void softmax(const Softmax& s) { softmax_of<weigh_bf16>(s); }
 
 // M x N tiles of sums in registers 0 to 3, a's in 4 and 5, b's in 6 and 7. Strides in bytes.
@@ -57,7 +48,7 @@ VAR_FAST_AMX inline void tiles(const char* a, int64_t a_row, const char* b, int6
 // Reads and writes whole tiles of 16 rows.
 VAR_FAST_AMX __attribute__((noinline)) void product(const Product& p) {
     const int64_t a_row = 2 * p.a_row, b_row = 2 * p.b_step, b_column = 2 * p.b_column, c_row = 4 * p.c_row;
-    __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
+    tiles_see_memory();
     Ahead ahead(p, (p.columns + 1) / 2 * ((p.rows + 31) / 32));
     for (int64_t column = 0; column < p.columns; column += 2) {
         const char* b = static_cast<const char*>(p.b) + column * b_column;
@@ -71,12 +62,12 @@ VAR_FAST_AMX __attribute__((noinline)) void product(const Product& p) {
             run(a, a_row, b, b_row, b_column, c, c_row, p.depth, p.add);
         }
     }
-    __asm__ volatile("" ::: "memory");
+    tiles_see_memory();
 }
 
 }  // namespace
 
-AttentionKernels attention_amx() { return {product, softmax, Type::bf16, 32, 256, begin, end}; }
+AttentionKernels attention_amx() { return {product, softmax, Type::bf16, 32, 256, begin_tiles, end_tiles}; }
 
 }  // namespace var_fast::cpu
 #endif

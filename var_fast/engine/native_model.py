@@ -98,26 +98,37 @@ class _Packer:
 
         self._C, self.dtype, self.device = _C, dtype, device
         self.pages = FilePages()
-        self.packs = device.type == "cpu" and dtype == torch.bfloat16 and _onednn_packs_bfloat16()
+        on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+        self.packs = on_cpu and _onednn_packs_bfloat16()
+        self.tiles = on_cpu and _C.cpu_isa() == "amx"
         # with AMX oneDNN's products are several times as fast; whether this would gain there was not measured
-        self.winograd = device.type == "cpu" and dtype == torch.bfloat16 and _C.cpu_isa() == "avx512_bf16"
+        self.winograd = on_cpu and _C.cpu_isa() == "avx512_bf16"
 
     def float_linear(self, layer: nn.Linear):
-        return self._linear(_float(layer.weight), _float(layer.bias), packed=False)
+        return self._linear(_float(layer.weight), _float(layer.bias))
 
     def float_out(self, layer: nn.Linear):
         """With results in float32. On CUDA the product takes the half type, but is summed in float32; on a CPU it is
         all float32."""
         if self.device.type == "cpu":
             return self.float_linear(layer)
-        return self._linear(self._cast(layer.weight), _float(layer.bias), packed=False)
+        return self._linear(self._cast(layer.weight), _float(layer.bias))
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor):
-        weight_NK, bias_N = self._cast(weight), self._cast(bias)
+        weight_NK = self._cast(weight)
+        if self.tiles:
+            return self._in_tiles(weight_NK, _float(bias))
+        bias_N = self._cast(bias)
         if self.packs:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, PACKED_FOR_ROWS)
-            return self._linear(packed, bias_N, packed=True, out_features=len(bias_N))
-        return self._linear(weight_NK, bias_N, packed=False)
+            return self._C.Linear(packed, bias_N, self._C.Layout.onednn, len(bias_N))
+        return self._linear(weight_NK, bias_N)
+
+    def _in_tiles(self, weight_NK: torch.Tensor, bias_N: torch.Tensor):
+        N, K = weight_NK.shape
+        packed = torch.empty(self._C.cpu_linear_bf16_packed_bytes(N, K) // 2, dtype=torch.bfloat16)
+        self._C.cpu_linear_bf16_pack(weight_NK.data_ptr(), N, K, packed.data_ptr(), torch.get_num_threads())
+        return self._C.Linear(packed, bias_N, self._C.Layout.tiles, N)
 
     def conv(self, weight: torch.Tensor, bias: torch.Tensor, padding: int):
         if self.winograd and weight.shape[2:] == (3, 3) and padding == 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS:
@@ -158,7 +169,7 @@ class _Packer:
         yield self._step("norm_silu", norms=[self._norm(decoder.norm_out)])
         if self.device.type == "cuda":
             taps = self._cast(tap_weights(decoder.conv_out.weight))
-            image = self._linear(taps, _float(decoder.conv_out.bias), packed=False)
+            image = self._linear(taps, _float(decoder.conv_out.bias))
             yield self._step("image", linears=[image])
         else:
             yield self._step("conv", convs=[self._layer(decoder.conv_out)])
@@ -183,8 +194,8 @@ class _Packer:
     def _norm(self, norm: nn.GroupNorm):
         return self._C.Norm(_float(norm.weight), _float(norm.bias), norm.num_groups, norm.eps)
 
-    def _linear(self, weight_NK, bias_N, packed: bool, out_features: int | None = None):
-        return self._C.Linear(weight_NK, bias_N, packed, out_features or weight_NK.shape[0])
+    def _linear(self, weight_NK, bias_N):
+        return self._C.Linear(weight_NK, bias_N, self._C.Layout.plain, weight_NK.shape[0])
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         cast = tensor.detach().to(self.dtype).contiguous()
