@@ -175,7 +175,8 @@ at::Tensor SamplingRun::logits() {
 #ifdef VAR_FAST_WITH_CUDA
 void SamplingRun::prepare_one_launch() {
     const Model& m = *model_;
-    if (!place_.cuda || m.type == Type::f32 || m.C != 64 * m.H || m.one_launch_rows <= 0) return;
+    if (!place_.cuda || m.type == Type::f32 || m.one_launch_rows <= 0) return;
+    if (m.C != 64 * m.H || m.H > cuda::TRANSFORMER_BLOCKS_HEADS || m.hidden % 8 != 0) return;
     one_launch_rows_ = std::min(m.one_launch_rows, cuda::TRANSFORMER_BLOCKS_ROWS);
     int64_t floats_needed = 1;
     for (int64_t si = 0; si < m.scales(); ++si) {

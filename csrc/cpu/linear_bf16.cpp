@@ -31,41 +31,11 @@ constexpr int64_t CHUNK = 32;             // steps
 constexpr int64_t BLOCK_GROUPS = 8;       // of x at a time
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // that stay in the second-level cache
 
-// sums (2 x 2 tiles; ROW_TILES 1: the upper two) = or += a group of x times a panel, `steps` steps. Meanwhile LINES cache
-// lines a step are fetched from `next` on.
+// sums (2 x 2 tiles; ROW_TILES 1: the upper two) = or += a group of x times a panel.
 template <int ROW_TILES, int LINES>
 VAR_FAST_AMX void multiply(const char* x, const char* w, int64_t steps, bool add, char* sums, const char* next) {
-    tiles_see_memory();
-    if (add) {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + TILE_BYTES, 64);
-        if constexpr (ROW_TILES > 1) _tile_loadd(2, sums + 2 * TILE_BYTES, 64);
-        if constexpr (ROW_TILES > 1) _tile_loadd(3, sums + 3 * TILE_BYTES, 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (ROW_TILES > 1) _tile_zero(2);
-        if constexpr (ROW_TILES > 1) _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, x += STEP_BYTES, w += STEP_BYTES, next += 64 * LINES) {
-        _tile_loadd(6, w, 64);
-        _tile_loadd(4, x, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + TILE_BYTES, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (ROW_TILES > 1) {
-            _tile_loadd(5, x + TILE_BYTES, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-#pragma GCC unroll 32
-        for (int i = 0; i < LINES; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILE_BYTES, 64);
-    if constexpr (ROW_TILES > 1) _tile_stored(2, sums + 2 * TILE_BYTES, 64);
-    if constexpr (ROW_TILES > 1) _tile_stored(3, sums + 3 * TILE_BYTES, 64);
-    tiles_see_memory();
+    const Tiles left{x, 64, TILE_BYTES, STEP_BYTES}, right{w, 64, TILE_BYTES, STEP_BYTES};
+    multiply_tiles<ROW_TILES, 2, LINES>(left, right, steps, add, sums, 64, TILE_BYTES, 2 * TILE_BYTES, next);
 }
 
 using Multiply = void (*)(const char*, const char*, int64_t, bool, char*, const char*);

@@ -70,8 +70,9 @@ void skinny_linear(const void* x, const void* weight, Type type, const void* bia
 //   x += gate1 * proj(attention(qkv(LN(x) (1 + scale1) + shift1)));  x += gate2 * fc2(gelu(fc1(LN(x) (1 + scale2) + shift2)))
 // where image r takes row min(r, M - 1), q and k are as qk_norm makes them, and the attention is over all tokens up to
 // begin + l of the caches (R, H, capacity, 64); R >= S images' keys and values are cached, those from S on as image S - 1's.
-// Weights (out, in), biases (nullptr: none) and caches are of `type`, bfloat16 or float16. One cooperative launch of as
-// many blocks as the device has multiprocessors; sums along K, so a row's rounding, depend on their number and on S l.
+// Weights (out, in), biases (nullptr: none) and caches are of `type`, bfloat16 or float16; hidden is a multiple of 8. One
+// cooperative launch of as many blocks as the current device has multiprocessors; sums along K, so a row's rounding, depend
+// on their number and on S l.
 struct TransformerBlock {  // addresses on the device
     const void *qkv_weight, *qkv_bias, *proj_weight, *proj_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
     const float *scale_H, *modulation;
@@ -89,7 +90,7 @@ struct TransformerBuffers {
     float* partial;
     unsigned* barrier;
 };
-constexpr int64_t TRANSFORMER_BLOCKS_ROWS = 1024;  // S l at most
+constexpr int64_t TRANSFORMER_BLOCKS_ROWS = 1024, TRANSFORMER_BLOCKS_HEADS = 80;  // S l and H at most
 void transformer_blocks(const TransformerBlock* blocks, Type type, const TransformerSizes& sizes,
                         const TransformerBuffers& buffers, void* stream);
 int64_t transformer_blocks_partial_floats(const TransformerSizes& sizes);

@@ -16,7 +16,7 @@ constexpr const char* OP = "transformer_blocks";
 constexpr int D = 64, THREADS = PRODUCT_THREADS;
 constexpr int HEAD_LANES = 8;  // of 8 elements each
 constexpr int ROW_CHUNKS = 5;  // of 4 THREADS channels
-constexpr int MOST_CHANNELS = ROW_CHUNKS * THREADS * 4;
+static_assert(ROW_CHUNKS * THREADS * 4 == D * TRANSFORMER_BLOCKS_HEADS);
 
 enum Part { gate1, gate2, scale1, scale2, shift1, shift2, PARTS };
 
@@ -259,7 +259,7 @@ int64_t transformer_blocks_partial_floats(const TransformerSizes& s) {
 void transformer_blocks(const TransformerBlock* blocks, Type type, const TransformerSizes& s,
                         const TransformerBuffers& buffers, void* stream) {
     expect(type != Type::f32, OP, "bfloat16 or float16");
-    expect(s.H > 0 && s.H * D <= MOST_CHANNELS, OP, "at most 80 heads of 64 channels");
+    expect(s.H > 0 && s.H <= TRANSFORMER_BLOCKS_HEADS, OP, "at most 80 heads of 64 channels");
     expect(s.hidden > 0 && s.hidden % 8 == 0, OP, "hidden a multiple of 8");
     expect(s.M > 0 && s.S > 0 && s.S <= s.R, OP, "M > 0 and 0 < S <= R");
     expect(s.l > 0 && s.begin >= 0 && s.begin + s.l <= s.capacity, OP, "begin + l <= capacity");

@@ -63,6 +63,17 @@ def test_blocks_in_one_launch(dtype, tolerance, monkeypatch):
     assert all(map(torch.equal, logits, again))
 
 
+def test_blocks_in_one_launch_of_a_graph(monkeypatch):
+    """A cooperative launch among dependent ones, captured and replayed: what the same kernels give one by one."""
+    monkeypatch.setenv("VAR_FAST_ONE_LAUNCH_ROWS", "1024")
+    sampler = Sampler(load_checkpoint("demo").var, dtype="bfloat16", device=DEVICE)
+    labels, seeds = [1, 5, 7, 2], [4, 2**40, -3, 8]  # as many as a graph's own, so that no image is added
+    made, again = (sampler.sample(labels, seeds) for _ in range(2))
+    assert torch.equal(made, again)
+    *_, expected = sampler.stream(labels, seeds)
+    assert torch.equal(made, expected)
+
+
 @pytest.mark.parametrize("more_smooth", [False, True])
 def test_graphs_give_the_modules_images(case, more_smooth):
     sampler = Sampler(case.var, dtype="float32")

@@ -123,7 +123,7 @@ class NativeLoop:
         """As `run`, but nobody else's ever."""
         from var_fast import _C
 
-        with torch.inference_mode(False), torch.no_grad():
+        with plain(self.var.lvl_1L.device), torch.no_grad():
             return _C.SamplingRun(self.model(), batch, self.guided(cfg))
 
     def guided(self, cfg: float) -> bool:
