@@ -83,13 +83,13 @@ def test_exact_where_nothing_is_rounded(seed, M, N, K, bias, threads):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), *SHAPES)
 def test_matches_float64(seed, M, N, K, gelu, threads):
-    """2e-3 is what rounding the result alone costs."""
+    """2^-8 is half a bfloat16's last place, the rest is for sums in float32."""
     x, weight, b = bfloat16_case(seed, M, N, K)
     expected = F.linear(x.double(), weight.double(), b.double())
     if gelu:
         expected = F.gelu(expected, approximate="tanh")
     out = native(x, pack(weight), b, N, gelu, threads)
-    assert (out - expected).norm() <= 3e-3 * expected.norm() + 1e-5
+    assert torch.all((out - expected).abs() <= 2**-8 * expected.abs() + 3e-5)
 
 
 @needs_amx
