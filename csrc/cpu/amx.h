@@ -1,4 +1,4 @@
-// AMX's tile registers: 16 rows of 64 bytes each, all eight of one shape.
+// AMX's tile registers: up to 16 rows of 64 bytes each.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +14,13 @@ struct alignas(64) TileConfiguration {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Of this thread, from begin_tiles to end_tiles; torch's own kernels set the registers up for themselves.
-VAR_FAST_AMX inline void begin_tiles() {
-    static constexpr TileConfiguration CONFIGURATION;
-    _tile_loadconfig(&CONFIGURATION);
+// Of this thread, from begin_tiles to end_tiles; torch's own kernels set the registers up for themselves. Those of
+// multiply_tiles's a and c have `rows` rows: fewer take less time.
+VAR_FAST_AMX inline void begin_tiles(int rows) {
+    TileConfiguration configuration;
+    for (int i = 0; i < 6; ++i) configuration.rows[i] = static_cast<uint8_t>(rows);
+    __asm__ volatile("" : : "r"(&configuration) : "memory");  // the intrinsic tells of the first bytes only
+    _tile_loadconfig(&configuration);
 }
 VAR_FAST_AMX inline void end_tiles() { _tile_release(); }
 

@@ -34,7 +34,7 @@ VAR_FAST_AMX __attribute__((noinline)) void product(const Product& p) {
 
 }  // namespace
 
-AttentionKernels attention_amx() { return {product, softmax, Type::bf16, 32, 256, begin_tiles, end_tiles}; }
+AttentionKernels attention_amx() { return {product, softmax, Type::bf16, 32, 256, [] { begin_tiles(16); }, end_tiles}; }
 
 }  // namespace var_fast::cpu
 #endif

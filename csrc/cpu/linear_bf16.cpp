@@ -1,12 +1,13 @@
 // y = x W^T + bias in bfloat16, in AMX tiles. Weights are kept as the tiles want them (linear_bf16_pack): panels of 32
 // columns; in a panel, for every 32 inputs, two tiles of 16 pairs of inputs by 16 columns. Rows of x are put into tiles
-// at the start of a call and stay in the second-level cache; 2 x 2 tiles of sums, 32 rows by a panel, stay in registers
+// at the start of a call and stay in the second-level cache; 2 x 2 tiles of sums, up to 32 rows by a panel, stay in registers
 // through a chunk of inputs. Weights come from memory, most of the work where rows are few: while one chunk of a panel is
 // multiplied, the next one is fetched. Sums are float32, in the order of the inputs whatever the number of rows and
 // threads, so a row does not depend on the others.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 
 #include "../ops.h"
 #include "amx.h"
@@ -20,7 +21,7 @@ namespace var_fast::cpu {
 namespace {
 
 constexpr int64_t TILE = 16, TILE_BYTES = 1024;
-constexpr int64_t PANEL = 2 * TILE, GROUP = 2 * TILE, STEP = 32;  // columns, rows and inputs of one step
+constexpr int64_t PANEL = 2 * TILE, STEP = 32;  // columns and inputs of one step
 constexpr int64_t STEP_BYTES = 2 * TILE_BYTES, SUM_BYTES = 4 * TILE_BYTES;
 
 int64_t steps_of(int64_t K) { return std::max<int64_t>(parts_of(K, STEP), 1); }
@@ -28,7 +29,7 @@ int64_t steps_of(int64_t K) { return std::max<int64_t>(parts_of(K, STEP), 1); }
 #ifdef VAR_FAST_X86
 
 constexpr int64_t CHUNK = 32;             // steps
-constexpr int64_t BLOCK_GROUPS = 8;       // of x at a time
+constexpr int BLOCK_GROUPS = 8;           // of x at a time
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // that stay in the second-level cache
 
 // sums (2 x 2 tiles; ROW_TILES 1: the upper two) = or += a group of x times a panel.
@@ -41,21 +42,13 @@ VAR_FAST_AMX void multiply(const char* x, const char* w, int64_t steps, bool add
 using Multiply = void (*)(const char*, const char*, int64_t, bool, char*, const char*);
 
 // A chunk's 32 lines a step are fetched by all groups of x together.
-int64_t lines_of(int64_t groups) {
-    int64_t lines = STEP_BYTES / 64;
-    for (int64_t sharing = 1; sharing < groups; sharing *= 2) lines /= 2;
-    return lines;
-}
+constexpr int64_t lines_of(int64_t groups) { return (STEP_BYTES / 64 + groups - 1) / groups; }
 
-Multiply multiply_of(int64_t row_tiles, int64_t lines) {
-    static_assert(BLOCK_GROUPS <= 8);
-    switch (lines) {
-        case 0: return row_tiles == 1 ? multiply<1, 0> : multiply<2, 0>;
-        case 4: return row_tiles == 1 ? multiply<1, 4> : multiply<2, 4>;
-        case 8: return row_tiles == 1 ? multiply<1, 8> : multiply<2, 8>;
-        case 16: return row_tiles == 1 ? multiply<1, 16> : multiply<2, 16>;
-        default: return row_tiles == 1 ? multiply<1, 32> : multiply<2, 32>;
-    }
+template <int... I>
+Multiply multiply_of(int64_t row_tiles, int64_t groups, bool fetches, std::integer_sequence<int, I...>) {
+    static constexpr Multiply FETCHING[][2] = {{multiply<1, lines_of(I + 1)>, multiply<2, lines_of(I + 1)>}...};
+    static constexpr Multiply PLAIN[] = {multiply<1, 0>, multiply<2, 0>};
+    return fetches ? FETCHING[groups - 1][row_tiles - 1] : PLAIN[row_tiles - 1];
 }
 
 VAR_FAST_AMX inline __attribute__((always_inline)) __m512 gelu(__m512 x) {
@@ -72,10 +65,11 @@ VAR_FAST_AMX inline __mmask32 first(int64_t count) {
 
 // y = sums + bias, `rows` by `columns` of them
 template <bool GELU>
-VAR_FAST_AMX void finish(const char* sums, const float* bias, int64_t rows, int64_t columns, bf16* y, int64_t stride) {
+VAR_FAST_AMX void finish(const char* sums, const float* bias, int64_t rows, int64_t tile_rows, int64_t columns, bf16* y,
+                         int64_t stride) {
     const __m512 left = _mm512_loadu_ps(bias), right = _mm512_loadu_ps(bias + TILE);
     for (int64_t m = 0; m < rows; ++m) {
-        const char* from = sums + m / TILE * 2 * TILE_BYTES + m % TILE * 64;
+        const char* from = sums + m / tile_rows * 2 * TILE_BYTES + m % tile_rows * 64;
         __m512 a = _mm512_add_ps(_mm512_loadu_ps(from), left);
         __m512 b = _mm512_add_ps(_mm512_loadu_ps(from + TILE_BYTES), right);
         if constexpr (GELU) {
@@ -87,9 +81,11 @@ VAR_FAST_AMX void finish(const char* sums, const float* bias, int64_t rows, int6
 }
 
 // x (rows, width) -> groups of `steps` steps, two tiles each; zeros where there is no row or no input.
-VAR_FAST_AMX void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, int64_t steps, char* to) {
-    for (int64_t m = 0; m < parts_of(rows, TILE) * TILE; ++m) {
-        char* row = to + m / GROUP * steps * STEP_BYTES + m % GROUP / TILE * TILE_BYTES + m % TILE * 64;
+VAR_FAST_AMX void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t tile_rows, int64_t width, int64_t steps,
+                            char* to) {
+    for (int64_t m = 0; m < parts_of(rows, tile_rows) * tile_rows; ++m) {
+        const int64_t tile = m / tile_rows;
+        char* row = to + tile / 2 * steps * STEP_BYTES + tile % 2 * TILE_BYTES + m % tile_rows * 64;
         for (int64_t step = 0; step < steps; ++step) {
             const __mmask32 mask = first(m < rows ? std::max<int64_t>(width - step * STEP, 0) : 0);
             _mm512_store_si512(row + step * STEP_BYTES, _mm512_maskz_loadu_epi16(mask, x + m * stride + step * STEP));
@@ -104,14 +100,17 @@ struct Problem {
     int64_t M, N, K;
     bool gelu;
     bf16* y;
-    int64_t groups() const { return parts_of(M, GROUP); }
+    // As few tiles as can be, all of one number of rows.
+    int64_t tile_rows() const { return parts_of(M, parts_of(M, TILE)); }
+    int64_t group_rows() const { return 2 * tile_rows(); }
+    int64_t groups() const { return parts_of(M, group_rows()); }
     int64_t panels() const { return parts_of(N, PANEL); }
 };
 
 // The work of one thread.
 class Worker {
 public:
-    explicit Worker(const Problem& p) : p_(p), steps_(steps_of(p.K)) {}
+    explicit Worker(const Problem& p) : p_(p), steps_(steps_of(p.K)), tile_rows_(p.tile_rows()), group_rows_(p.group_rows()) {}
 
     // Groups [g_begin, g_end) of rows by panels [begin, end) of columns.
     VAR_FAST_AMX void run(int64_t g_begin, int64_t g_end, int64_t begin, int64_t end) {
@@ -121,14 +120,14 @@ public:
         const int64_t kept = span < steps_ ? end - begin : 1;
         const Buffer x = buffer(most * span * STEP_BYTES / 4), sums = buffer(kept * most * SUM_BYTES / 4);
         x_ = reinterpret_cast<char*>(x.get());
-        begin_tiles();
+        begin_tiles(static_cast<int>(tile_rows_));
         for (int64_t block = 0; block < blocks; ++block) {
             g0_ = g_begin + cut(g_end - g_begin, blocks, block);
             groups_ = g_begin + cut(g_end - g_begin, blocks, block + 1) - g0_;
-            const int64_t m0 = g0_ * GROUP, rows = std::min(groups_ * GROUP, p_.M - m0);
+            const int64_t m0 = g0_ * group_rows_, rows = std::min(groups_ * group_rows_, p_.M - m0);
             for (first_ = 0; first_ < steps_; first_ += span) {
                 count_ = std::min(span, steps_ - first_);
-                pack_rows(p_.x + m0 * p_.K + first_ * STEP, p_.K, rows, p_.K - first_ * STEP, count_, x_);
+                pack_rows(p_.x + m0 * p_.K + first_ * STEP, p_.K, rows, tile_rows_, p_.K - first_ * STEP, count_, x_);
                 for (int64_t i = begin; i < end; ++i)
                     panel(i, i + 1 < end, reinterpret_cast<char*>(sums.get()) + (i - begin) % kept * groups_ * SUM_BYTES);
             }
@@ -147,21 +146,22 @@ private:
             const int64_t steps = std::min(CHUNK, count_ - chunk);
             const bool last = chunk + steps == count_, whole = first_ + chunk + steps == steps_;
             const char* const next = last ? w + steps_ * STEP_BYTES : w + (chunk + steps) * STEP_BYTES;
-            const int64_t fetched = last && !has_next ? 0 : lines;
+            const bool fetches = !last || has_next;
             for (int64_t group = 0; group < groups_; ++group) {
-                const int64_t m0 = (g0_ + group) * GROUP, rows = std::min(GROUP, p_.M - m0);
-                multiply_of(parts_of(rows, TILE), fetched)(x_ + (group * count_ + chunk) * STEP_BYTES, w + chunk * STEP_BYTES,
-                                                           steps, first_ + chunk > 0, sums + group * SUM_BYTES,
-                                                           next + group * steps * fetched * 64);
+                const int64_t m0 = (g0_ + group) * group_rows_, rows = std::min(group_rows_, p_.M - m0);
+                const Multiply run = multiply_of(parts_of(rows, tile_rows_), groups_, fetches,
+                                                 std::make_integer_sequence<int, BLOCK_GROUPS>());
+                run(x_ + (group * count_ + chunk) * STEP_BYTES, w + chunk * STEP_BYTES, steps, first_ + chunk > 0,
+                    sums + group * SUM_BYTES, next + group * steps * lines * 64);
                 if (whole)
-                    (p_.gelu ? finish<true> : finish<false>)(sums + group * SUM_BYTES, bias, rows, columns,
+                    (p_.gelu ? finish<true> : finish<false>)(sums + group * SUM_BYTES, bias, rows, tile_rows_, columns,
                                                              p_.y + m0 * p_.N + n0, p_.N);
             }
         }
     }
 
     const Problem& p_;
-    const int64_t steps_;
+    const int64_t steps_, tile_rows_, group_rows_;
     char* x_ = nullptr;
     int64_t g0_ = 0, groups_ = 0;    // of the block
     int64_t first_ = 0, count_ = 0;  // steps that x_ holds
