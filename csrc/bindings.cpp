@@ -175,6 +175,14 @@ void cpu_linear_bf16(uintptr_t x, uintptr_t packed, uintptr_t bias, int64_t M, i
                                writable<void>(y), threads);
 }
 
+void cpu_feed_forward_bf16(uintptr_t x, uintptr_t packed1, uintptr_t bias1, uintptr_t packed2, uintptr_t bias2, int64_t M,
+                           int64_t C, int64_t hidden, uintptr_t scratch, uintptr_t y, int threads) {
+    py::gil_scoped_release without_gil;
+    var_fast::cpu::feed_forward_bf16(pointer<void>(x), pointer<void>(packed1), pointer<float>(bias1), pointer<void>(packed2),
+                                     pointer<float>(bias2), M, C, hidden, writable<void>(scratch), writable<void>(y),
+                                     threads);
+}
+
 void cpu_conv3x3_bf16_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed) {
     py::gil_scoped_release without_gil;
     var_fast::cpu::conv3x3_bf16_pack(pointer<float>(weight), Cin, Cout, writable<void>(packed));
@@ -249,6 +257,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("packed"), py::arg("threads"));
     m.def("cpu_linear_bf16", &cpu_linear_bf16, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("M"),
           py::arg("N"), py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_feed_forward_bf16_bytes", &var_fast::cpu::feed_forward_bf16_bytes, py::arg("M"), py::arg("hidden"));
+    m.def("cpu_feed_forward_bf16", &cpu_feed_forward_bf16, py::arg("x"), py::arg("packed1"), py::arg("bias1"),
+          py::arg("packed2"), py::arg("bias2"), py::arg("M"), py::arg("C"), py::arg("hidden"), py::arg("scratch"),
+          py::arg("y"), py::arg("threads"));
     m.def("cpu_conv3x3_packed_bytes", &var_fast::cpu::conv3x3_packed_bytes, py::arg("Cin"), py::arg("Cout"));
     m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
     m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),

@@ -47,6 +47,12 @@ const float* float_pointer(const at::Tensor& tensor) {
     return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
 }
 
+void check_tiles(const Linear& layer, int64_t in_features) {
+    const int64_t bytes = cpu::linear_bf16_packed_bytes(layer.out_features, in_features);
+    TORCH_CHECK_VALUE(layer.weight_NK.nbytes() == static_cast<size_t>(bytes), "a layer's weights do not fit ", in_features,
+                      " features");
+}
+
 }  // namespace
 
 at::ScalarType scalar_type(Type type) {
@@ -75,8 +81,7 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
     if (layer.layout == Layout::tiles) {
         RECORD_USER_SCOPE("op:matrix products");
         const int64_t M = x_MK.size(0), N = layer.out_features, K = x_MK.size(1);
-        TORCH_CHECK_VALUE(layer.weight_NK.nbytes() == static_cast<size_t>(cpu::linear_bf16_packed_bytes(N, K)),
-                          "a layer's weights do not fit ", K, " features");
+        check_tiles(layer, K);
         cpu::linear_bf16(x_MK.const_data_ptr(), layer.weight_NK.const_data_ptr(), float_pointer(layer.bias_N), M, N, K,
                          gelu, y_MN.mutable_data_ptr(), place.threads);
         return y_MN;
@@ -107,6 +112,27 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
     if (gelu) cuda::gelu(out_MN.mutable_data_ptr(), element_type(out_MN), out_MN.numel(), place.stream);
 #endif
     return out_MN;
+}
+
+at::Tensor feed_forward(const at::Tensor& x_MC, const Linear& fc1, const Linear& fc2, const at::Tensor& hidden,
+                        const at::Tensor& y_MC, const Place& place) {
+    const int64_t M = x_MC.size(0), C = x_MC.size(1), width = fc1.out_features;
+    if (fc1.layout != Layout::tiles) {
+        const at::Tensor hidden_MN = hidden.defined() ? hidden.narrow(0, 0, M * width).view({M, width}) : at::Tensor();
+        return linear(linear(x_MC, fc1, /*gelu=*/true, hidden_MN, place), fc2, /*gelu=*/false, y_MC, place);
+    }
+    RECORD_USER_SCOPE("op:matrix products");
+    check_tiles(fc1, C);
+    check_tiles(fc2, width);
+    cpu::feed_forward_bf16(x_MC.const_data_ptr(), fc1.weight_NK.const_data_ptr(), float_pointer(fc1.bias_N),
+                           fc2.weight_NK.const_data_ptr(), float_pointer(fc2.bias_N), M, C, width,
+                           hidden.mutable_data_ptr(), y_MC.mutable_data_ptr(), place.threads);
+    return y_MC;
+}
+
+int64_t feed_forward_elements(int64_t M, const Linear& fc1) {
+    const int64_t in_tiles = cpu::feed_forward_bf16_bytes(M, fc1.out_features) / static_cast<int64_t>(sizeof(at::BFloat16));
+    return fc1.layout == Layout::tiles ? in_tiles : M * fc1.out_features;
 }
 
 void linear_float32(const at::Tensor& x_MK, const Linear& layer, const at::Tensor& y_MN, const Place& place) {

@@ -28,6 +28,11 @@ struct Linear {
 // tensor of its own is returned.
 at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place);
 
+// y (M, C) = fc2(GELU(fc1(x (M, C)))) as two of linear; `hidden` is what is between them, by feed_forward_elements.
+at::Tensor feed_forward(const at::Tensor& x_MC, const Linear& fc1, const Linear& fc2, const at::Tensor& hidden,
+                        const at::Tensor& y_MC, const Place& place);
+int64_t feed_forward_elements(int64_t M, const Linear& fc1);
+
 // As linear, but y is float32 whatever x's type; so is the bias.
 void linear_float32(const at::Tensor& x_MK, const Linear& layer, const at::Tensor& y_MN, const Place& place);
 

@@ -72,6 +72,11 @@ int64_t linear_bf16_packed_bytes(int64_t N, int64_t K);
 void linear_bf16_pack(const void* weight, int64_t N, int64_t K, void* packed, int threads);
 void linear_bf16(const void* x, const void* packed, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu, void* y,
                  int threads);
+// y (M, C) = linear_bf16 (C, hidden) of linear_bf16 with GELU (hidden, C) of x (M, C); `scratch`, aligned to 64 bytes, holds
+// what is between them, in tiles: feed_forward_bf16_bytes, which grow with M.
+int64_t feed_forward_bf16_bytes(int64_t M, int64_t hidden);
+void feed_forward_bf16(const void* x, const void* packed1, const float* bias1, const void* packed2, const float* bias2,
+                       int64_t M, int64_t C, int64_t hidden, void* scratch, void* y, int threads);
 
 // y (B, h, w, Cout) = 3x3 convolution (stride 1, zero padding 1) of x (B, h, w, Cin) + bias (nullptr: none) + residual
 // (the shape of y, may be y itself; nullptr: none), float32. conv3x3_pack makes `packed` (conv3x3_packed_bytes long,

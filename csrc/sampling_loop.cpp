@@ -57,7 +57,7 @@ SamplingRun::SamplingRun(std::shared_ptr<const Model> model, int64_t batch, bool
     const bool tiles = !m.blocks.empty() && m.blocks[0].qkv.layout == Layout::tiles;
     if (place_.cuda || m.type == Type::f32 || tiles) {  // oneDNN's packed products return tensors of their own
         qkv_ = at::empty({R_ * tokens * 3 * m.C}, half);
-        hidden_ = at::empty({R_ * tokens * m.hidden}, half);
+        hidden_ = at::empty({feed_forward_elements(R_ * tokens, m.blocks.at(0).fc1)}, half);
         branch_ = at::empty({R_ * tokens * m.C}, half);
     }
     int64_t q = 0, k = 0, v = 0;
@@ -151,8 +151,7 @@ at::Tensor SamplingRun::logits() {
                      q_.mutable_data_ptr(), k_cache_[d].mutable_data_ptr(), v_cache_[d].mutable_data_ptr(), begin_, total);
         branch_NC = linear(attend(d, S), block.proj, false, buffer(branch_, C), place_);
         norm(S, branch_NC, modulation(d, gate1), modulation(d, scale2), modulation(d, shift2), y_NC);
-        const at::Tensor hidden = linear(y_NC, block.fc1, /*gelu=*/true, buffer(hidden_, m.hidden), place_);
-        branch_NC = linear(hidden, block.fc2, false, buffer(branch_, C), place_);
+        branch_NC = feed_forward(y_NC, block.fc1, block.fc2, hidden_, buffer(branch_, C), place_);
     }
 
     const double t = m.scales() > 1 ? cfg_ * scale_ / (m.scales() - 1) : 0;

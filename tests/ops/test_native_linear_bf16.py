@@ -147,6 +147,34 @@ def test_without_inputs_it_is_the_bias():
     assert torch.equal(native(x, pack(weight), b, 5), b.bfloat16().expand(3, 5))
 
 
+@needs_amx
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), *SHAPES[:3], st.integers(1, 5))
+@example(0, 1, 1, 1, 1)
+@example(0, 300, 40, 100, 2)  # more than a block of rows
+@example(0, 300, 70, 2100, 2)  # hidden features in several spans of chunks
+@example(0, 600, 33, 40, 8)
+def test_feed_forward_is_two_layers(seed, M, C, hidden, threads):
+    """Bitwise, whatever the scratch memory held."""
+    x, weight1, bias1 = bfloat16_case(seed, M, hidden, C)
+    _, weight2, bias2 = bfloat16_case(seed + 1, 1, C, hidden)
+    packed1, packed2 = pack(weight1), pack(weight2)
+    expected = native(native(x, packed1, bias1, hidden, gelu=True), packed2, bias2, C)
+    elements = _C.cpu_feed_forward_bf16_bytes(M, hidden) // 2
+    scratch = torch.full((elements + 64,), float("nan"), dtype=torch.bfloat16)
+    scratch[elements:] = GUARD
+    y = torch.full((M * C + 64,), GUARD, dtype=torch.bfloat16)
+    layers = (packed1.data_ptr(), bias1.data_ptr(), packed2.data_ptr(), bias2.data_ptr())
+    _C.cpu_feed_forward_bf16(x.data_ptr(), *layers, M, C, hidden, scratch.data_ptr(), y.data_ptr(), threads)
+    assert torch.all(y[M * C :] == GUARD) and torch.all(scratch[elements:] == GUARD)
+    assert torch.equal(y[: M * C].reshape(M, C), expected)
+
+
+def test_scratch_grows_with_the_rows():
+    sizes = [_C.cpu_feed_forward_bf16_bytes(M, 100) for M in range(1, 200)]
+    assert sizes == sorted(sizes)
+
+
 CALL = "import torch; from var_fast import _C; _C.cpu_linear_bf16(0, 0, 0, 1, 1, 1, False, 0, 1)"
 
 
