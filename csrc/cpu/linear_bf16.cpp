@@ -1,9 +1,9 @@
 // y = x W^T + bias in bfloat16, in AMX tiles. Weights are kept as the tiles want them (linear_bf16_pack): panels of 32
 // columns; in a panel, for every 32 inputs, two tiles of 16 pairs of inputs by 16 columns. Rows of x are put into tiles
-// at the start of a call and stay in the second-level cache; 2 x 2 tiles of sums, up to 32 rows by a panel, stay in registers
-// through a chunk of inputs whose weights fit the first-level cache. Weights come from memory, most of the work where rows are few: while one chunk of a panel is
-// multiplied, the next one is fetched. Sums are float32, in the order of the inputs whatever the number of rows and
-// threads, so a row does not depend on the others.
+// at the start of a call and stay in the second-level cache; 2 x 2 tiles of sums, up to 32 rows by a panel, stay in
+// registers through a chunk of inputs whose weights fit the first-level cache. Weights come from memory, most of the work
+// where rows are few: while one chunk of a panel is multiplied, the next one is fetched. Sums are float32, in the order of
+// the inputs whatever the number of rows and threads, so a row does not depend on the others.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
