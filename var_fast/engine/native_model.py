@@ -101,8 +101,8 @@ class _Packer:
         on_cpu = device.type == "cpu" and dtype == torch.bfloat16
         self.packs = on_cpu and _onednn_packs_bfloat16()
         self.tiles = on_cpu and _C.cpu_isa() == "amx"
-        # with AMX oneDNN's direct convolutions come near the tiles' full rate: on one such CPU Winograd's way, its products
-        # in tiles too, took 1.04 times their time over the layers of d16's decoder (0.75 while the tiles were throttled)
+        # With AMX oneDNN's direct convolutions come near the tiles' full rate: over the layers of d16's decoder Winograd's
+        # way, its products in tiles too, took 1.04 times their time on one such CPU (0.75 while that was throttled).
         self.winograd = on_cpu and _C.cpu_isa() == "avx512_bf16"
 
     def float_linear(self, layer: nn.Linear):
