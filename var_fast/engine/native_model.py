@@ -101,8 +101,8 @@ class _Packer:
         on_cpu = device.type == "cpu" and dtype == torch.bfloat16
         self.packs = on_cpu and _onednn_packs_bfloat16()
         self.tiles = on_cpu and _C.cpu_isa() == "amx"
-        # With AMX oneDNN's direct convolutions come near the tiles' full rate: over the layers of d16's decoder Winograd's
-        # way, its products in tiles too, took 1.04 times their time on one such CPU (0.75 while that was throttled).
+        # With AMX oneDNN's direct convolutions come near the tiles' full rate: over the layers of d16's decoder
+        # Winograd's way, its products in tiles too, took 1.04 times their time (0.75 while that CPU was throttled).
         self.winograd = on_cpu and _C.cpu_isa() == "avx512_bf16"
 
     def float_linear(self, layer: nn.Linear):
