@@ -68,8 +68,8 @@ Type element_type(const at::Tensor& tensor) {
 
 at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const at::Tensor& y_MN, const Place& place) {
     const bool is_float = x_MK.scalar_type() == at::kFloat;
-    TORCH_CHECK_VALUE(layer.layout != Layout::plain || layer.weight_NK.size(1) == x_MK.size(1), "a layer takes ", layer.weight_NK.size(1),
-                      " features and is given ", x_MK.size(1));
+    TORCH_CHECK_VALUE(layer.layout != Layout::plain || layer.weight_NK.size(1) == x_MK.size(1), "a layer takes ",
+                      layer.weight_NK.size(1), " features and is given ", x_MK.size(1));
     TORCH_CHECK_VALUE(!y_MN.defined() || y_MN.size(1) == layer.out_features, "a layer makes ", layer.out_features,
                       " features, expected ", y_MN.size(1));
     if (!place.cuda && is_float) {

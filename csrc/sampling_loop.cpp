@@ -54,10 +54,10 @@ SamplingRun::SamplingRun(std::shared_ptr<const Model> model, int64_t batch, bool
     next_map_BlC_ = at::empty({B_ * tokens * m.Cvae}, options);
     idx_ = at::empty({B_ * tokens}, options.dtype(at::kLong));
     not_finite_SB_ = at::zeros({m.scales(), B_}, options.dtype(at::kInt));
-    const bool tiles = !m.blocks.empty() && m.blocks[0].qkv.layout == Layout::tiles;
-    if (place_.cuda || m.type == Type::f32 || tiles) {  // oneDNN's packed products return tensors of their own
+    const Linear& fc1 = m.blocks.at(0).fc1;
+    if (place_.cuda || m.type == Type::f32 || fc1.layout == Layout::tiles) {  // oneDNN's packed products return tensors of their own
         qkv_ = at::empty({R_ * tokens * 3 * m.C}, half);
-        hidden_ = at::empty({feed_forward_elements(R_ * tokens, m.blocks.at(0).fc1)}, half);
+        hidden_ = at::empty({feed_forward_elements(R_ * tokens, fc1)}, half);
         branch_ = at::empty({R_ * tokens * m.C}, half);
     }
     int64_t q = 0, k = 0, v = 0;

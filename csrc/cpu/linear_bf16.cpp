@@ -75,15 +75,16 @@ VAR_FAST_AMX void finish(const char* sums, const float* bias, int64_t rows, int6
                          __mmask32 mask, Rows y) {
     const __m512 left = _mm512_loadu_ps(bias), right = _mm512_loadu_ps(bias + TILE);
     for (int64_t m = 0; m < rows; ++m) {
-        const char* from = sums + m / tile_rows * 2 * TILE_BYTES + m % tile_rows * 64;
+        const int64_t tile = m >= tile_rows, row = m - tile * tile_rows;
+        const char* from = sums + tile * 2 * TILE_BYTES + row * 64;
         __m512 a = _mm512_add_ps(_mm512_loadu_ps(from), left);
         __m512 b = _mm512_add_ps(_mm512_loadu_ps(from + TILE_BYTES), right);
         if constexpr (GELU) {
             a = gelu(a);
             b = gelu(b);
         }
-        const __m512i row = _mm512_maskz_mov_epi16(first(columns), (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        _mm512_mask_storeu_epi16(y.data + m / tile_rows * y.tile + m % tile_rows * y.row, mask, row);
+        const __m512i out = _mm512_maskz_mov_epi16(first(columns), (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        _mm512_mask_storeu_epi16(y.data + tile * y.tile + row * y.row, mask, out);
     }
 }
 
