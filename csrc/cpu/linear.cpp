@@ -26,9 +26,10 @@ using Tile = void (*)(const float* x, const float* w, int64_t K, const float* ba
 using Pack = void (*)(const float* w, int64_t stride, int64_t n_count, int64_t K, const float* next, float* packed);
 
 struct Kernels {
-    int64_t columns, most_rows;
+    int64_t lanes, columns, most_rows;
     const Tile (*tiles)[FETCHES];  // of 1 ... most_rows rows, which fetch 0, 4, 8, 16 rows of the weights meanwhile
     const Pack* pack_columns;      // which fetches none, half of the columns
+    void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t available, int64_t K, float* packed);
 };
 
 #define VAR_FAST_KERNELS(isa)                                                                               \
@@ -36,9 +37,9 @@ struct Kernels {
     template <int... I>                                                                                     \
     const Kernels& kernels(std::integer_sequence<int, I...>) {                                              \
         static constexpr Tile TILES[][FETCHES] = {                                                          \
-            {tile<I + 1, CHUNK, 0>, tile<I + 1, CHUNK, 4>, tile<I + 1, CHUNK, 8>, tile<I + 1, CHUNK, 16>}...};\
+            {tile<I + 1, 1, I + 1, 0>, tile<I + 1, 1, I + 1, 4>, tile<I + 1, 1, I + 1, 8>, tile<I + 1, 1, I + 1, 16>}...};\
         static constexpr Pack PACKS[] = {pack_columns<0>, pack_columns<COLUMNS / 2>};                       \
-        static constexpr Kernels KERNELS = {COLUMNS, MOST_ROWS, TILES, PACKS};                              \
+        static constexpr Kernels KERNELS = {LANES, COLUMNS, MOST_ROWS, TILES, PACKS, pack_rows};                              \
         return KERNELS;                                                                                     \
     }                                                                                                       \
     const Kernels& kernels() { return kernels(std::make_integer_sequence<int, MOST_ROWS>()); }              \
@@ -81,7 +82,7 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
     const int64_t all_chunks = std::max<int64_t>((K + CHUNK - 1) / CHUNK, 1);
     const int64_t most_rows = (m_end - m_begin + blocks - 1) / blocks;
     const int64_t span = std::clamp<int64_t>(BLOCK / (most_rows * CHUNK), 1, all_chunks);  // chunks of x packed at once
-    const Buffer packed_x = buffer(most_rows * span * CHUNK), packed_w = buffer(CHUNK * columns);
+    const Buffer packed_x = buffer(most_rows * span * CHUNK + kernels.lanes), packed_w = buffer(CHUNK * columns);
     float edge_base[16 * 32] = {}, edge_out[16 * 32];
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t m0 = m_begin + cut(m_end - m_begin, blocks, block);
@@ -94,9 +95,11 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
             const int64_t chunks = std::min(span, all_chunks - first_chunk);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const int64_t k0 = (first_chunk + chunk) * CHUNK;
-                for (int64_t m = 0; m < rows; ++m)
-                    std::copy_n(p.x + (m0 + m) * K + k0, std::min<int64_t>(CHUNK, K - k0),
-                                packed_x.get() + (chunk * rows + m) * CHUNK);
+                for (int64_t tile = 0; tile < tiles; ++tile) {
+                    const int64_t m = cut(rows, tiles, tile), m_count = cut(rows, tiles, tile + 1) - m;
+                    kernels.pack_rows(p.x + (m0 + m) * K + k0, K, m_count, p.M - m0 - m, std::min<int64_t>(CHUNK, K - k0),
+                                      packed_x.get() + (chunk * rows + m) * CHUNK);
+                }
             }
             for (int64_t panel = begin; panel < end; ++panel) {
                 const int64_t n0 = panel * columns, n_count = std::min(columns, N - n0);

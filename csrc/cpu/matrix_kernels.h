@@ -1,5 +1,5 @@
 // The building blocks of linear.cpp and conv3x3.cpp for each instruction set: namespaces portable, avx2, avx512 with
-// LANES, COLUMNS, MOST_ROWS, tile and pack_columns (matrix_tile.h).
+// LANES, COLUMNS, MOST_ROWS, tile, pack_columns and pack_rows (matrix_tile.h).
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace {
 namespace portable {
 #define VAR_FAST_TARGET
 typedef float Vector __attribute__((vector_size(16)));
-constexpr int LANES = 4, VECTORS = 2, MOST_ROWS = 4;
+constexpr int LANES = 4, VECTORS = 2, MOST_ROWS = 4, UNROLL = 1;
 inline Vector zero() { return Vector{}; }
 inline Vector load(const float* p) {
     Vector v;
@@ -35,10 +35,10 @@ inline Vector minus_fma(Vector a, Vector b, Vector c) { return c - a * b; }
 inline Vector add(Vector a, Vector b) { return a + b; }
 inline Vector subtract(Vector a, Vector b) { return a - b; }
 inline Vector multiply(Vector a, Vector b) { return a * b; }
-// (LANES rows of `stride`, LANES) -> (LANES rows of COLUMNS, LANES)
-inline void transpose(const float* from, int64_t stride, float* to) {
+// (LANES rows of `stride`, LANES) -> (LANES rows of `to_stride`, LANES), written in order
+inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
     for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < LANES; ++j) to[i * LANES * VECTORS + j] = from[j * stride + i];
+        for (int j = 0; j < LANES; ++j) to[i * to_stride + j] = from[j * stride + i];
 }
 #include "matrix_tile.h"
 #undef VAR_FAST_TARGET
@@ -48,7 +48,7 @@ inline void transpose(const float* from, int64_t stride, float* to) {
 namespace avx2 {
 #define VAR_FAST_TARGET VAR_FAST_AVX2
 using Vector = __m256;
-constexpr int LANES = 8, VECTORS = 2, MOST_ROWS = 6;  // 12 sums, 2 columns, 1 row of 16 registers
+constexpr int LANES = 8, VECTORS = 2, MOST_ROWS = 6, UNROLL = 4;  // 12 sums, 2 columns, 1 row of 16 registers
 VAR_FAST_TARGET inline Vector zero() { return _mm256_setzero_ps(); }
 VAR_FAST_TARGET inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
 VAR_FAST_TARGET inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
@@ -58,7 +58,7 @@ VAR_FAST_TARGET inline Vector minus_fma(Vector a, Vector b, Vector c) { return _
 VAR_FAST_TARGET inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 VAR_FAST_TARGET inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 VAR_FAST_TARGET inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to) {
+VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
 #pragma GCC unroll 2
     for (int k = 0; k < LANES; k += 4) {
         __m256d half[4];
@@ -71,11 +71,11 @@ VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* 
         half[1] = _mm256_castps_pd(_mm256_unpackhi_ps(row[0], row[1]));
         half[2] = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
         half[3] = _mm256_castps_pd(_mm256_unpackhi_ps(row[2], row[3]));
-        float* out = to + k * LANES * VECTORS;
-        store(out, _mm256_castpd_ps(_mm256_unpacklo_pd(half[0], half[2])));
-        store(out + LANES * VECTORS, _mm256_castpd_ps(_mm256_unpackhi_pd(half[0], half[2])));
-        store(out + 2 * LANES * VECTORS, _mm256_castpd_ps(_mm256_unpacklo_pd(half[1], half[3])));
-        store(out + 3 * LANES * VECTORS, _mm256_castpd_ps(_mm256_unpackhi_pd(half[1], half[3])));
+        store(to, _mm256_castpd_ps(_mm256_unpacklo_pd(half[0], half[2])));
+        store(to += to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(half[0], half[2])));
+        store(to += to_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(half[1], half[3])));
+        store(to += to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(half[1], half[3])));
+        to += to_stride;
     }
 }
 #include "matrix_tile.h"
@@ -85,7 +85,7 @@ VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* 
 namespace avx512 {
 #define VAR_FAST_TARGET VAR_FAST_AVX512
 using Vector = __m512;
-constexpr int LANES = 16, VECTORS = 2, MOST_ROWS = 14;  // 28 sums, 2 columns, 1 row of 32 registers
+constexpr int LANES = 16, VECTORS = 2, MOST_ROWS = 14, UNROLL = 1;  // 28 sums, 2 columns, 1 row of 32 registers
 VAR_FAST_TARGET inline Vector zero() { return _mm512_setzero_ps(); }
 VAR_FAST_TARGET inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
 VAR_FAST_TARGET inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
@@ -99,9 +99,8 @@ VAR_FAST_TARGET inline Vector minus_fma(Vector a, Vector b, Vector c) { return _
 VAR_FAST_TARGET inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 VAR_FAST_TARGET inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 VAR_FAST_TARGET inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-// Groups of four lanes come together while loading, the ports that multiply do half the shuffles of the usual way. A
-// cache line is used up at once: rows that lie 4096 bytes apart evict each other.
-VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to) {
+// Groups of four lanes come together while loading, the ports that multiply do half the shuffles of the usual way.
+VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
     __asm__("" : "+r"(stride));  // else gcc keeps dozens of offsets, in memory
     __m512 row[4][4];            // [i][j]: k = 4j ... 4j + 3 of rows i, i + 4, i + 8, i + 12
 #pragma GCC unroll 4
@@ -122,15 +121,15 @@ VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* 
             row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0xF000, _mm_loadu_ps(p + 4 * j));
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j, to += 4 * LANES * VECTORS) {
+    for (int j = 0; j < 4; ++j, to += to_stride) {
         const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[0][j], row[1][j]));
         const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(row[0][j], row[1][j]));
         const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(row[2][j], row[3][j]));
         const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(row[2][j], row[3][j]));
         store(to, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
-        store(to + LANES * VECTORS, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
-        store(to + 2 * LANES * VECTORS, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
-        store(to + 3 * LANES * VECTORS, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+        store(to += to_stride, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+        store(to += to_stride, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+        store(to += to_stride, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
     }
 }
 #include "matrix_tile.h"

@@ -1,12 +1,12 @@
 // Kernels of float32 matrix products, included once per instruction set: the surrounding namespace has given
-// VAR_FAST_TARGET, Vector, LANES, VECTORS, zero, load, store, everywhere, fma, add and transpose.
+// VAR_FAST_TARGET, Vector, LANES, VECTORS, UNROLL, zero, load, store, everywhere, fma, add and transpose.
 
 constexpr int COLUMNS = LANES * VECTORS;
 
-// out[m][n] = base[m][n] + sum over k of x[m][k] w[k][n] for ROWS rows and COLUMNS columns; x is (ROWS, STRIDE) and
-// w (K, COLUMNS), packed; base nullptr: zeros. Every element has one accumulator that adds k in order. Meanwhile FETCH
-// rows of K floats at `next`, next_stride apart, are called into the second-level cache.
-template <int ROWS, int STRIDE, int FETCH>
+// out[m][n] = base[m][n] + sum over k of x[m][k] w[k][n] for ROWS rows and COLUMNS columns. x's rows are ROW floats
+// apart and its steps STEP; w is (K, COLUMNS), packed; base nullptr: zeros. Every element has one accumulator that adds k
+// in order. Meanwhile FETCH rows of K floats at `next`, next_stride apart, are called into the second-level cache.
+template <int ROWS, int ROW, int STEP, int FETCH>
 VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float* base, int64_t base_stride, float* out,
                           int64_t out_stride, const float* next, int64_t next_stride) {
     Vector sum[ROWS][VECTORS];
@@ -23,9 +23,9 @@ VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float
 #pragma GCC unroll 8
             for (int i = 0; i < FETCH; ++i) __builtin_prefetch(next + i * next_stride + k, 0, 2);
         const float* line = next + k;
-        const float* end = x + std::min<int64_t>(16, K - k);
-#pragma GCC unroll 1
-        for (; x < end; w += COLUMNS, ++x) {
+        const float* end = x + std::min<int64_t>(16, K - k) * STEP;
+#pragma GCC unroll UNROLL
+        for (; x < end; w += COLUMNS, x += STEP) {
 #pragma GCC unroll 2
             for (int i = 0; i < FETCH / 16; ++i, line += next_stride) __builtin_prefetch(line, 0, 2);
             Vector column[VECTORS];
@@ -33,7 +33,7 @@ VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float
             for (int v = 0; v < VECTORS; ++v) column[v] = load(w + v * LANES);
 #pragma GCC unroll 16
             for (int m = 0; m < ROWS; ++m) {
-                const Vector row = everywhere(x[m * STRIDE]);
+                const Vector row = everywhere(x[m * ROW]);
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; ++v) sum[m][v] = fma(row, column[v], sum[m][v]);
             }
@@ -48,18 +48,33 @@ VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float
         }
 }
 
-// w (rows n of stride, K) -> (K, COLUMNS), zeros where n >= n_count; meanwhile FETCH rows at `next` as above
+// w (rows n of stride, K) -> (K, COLUMNS), zeros where n >= n_count; meanwhile FETCH rows at `next` as above. A cache line
+// is used up at once: rows that lie 4096 bytes apart evict each other.
 template <int FETCH>
 VAR_FAST_TARGET void pack_columns(const float* w, int64_t stride, int64_t n_count, int64_t K, const float* next,
                                   float* packed) {
+    constexpr int LINE = 16;
     int64_t k = 0;
     if (n_count == COLUMNS)
-        for (; k + LANES <= K; k += LANES) {
+        for (; k + LINE <= K; k += LINE) {
             for (int i = 0; i < FETCH; ++i) __builtin_prefetch(next + i * stride + k, 0, 2);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v)
-                transpose(w + v * LANES * stride + k, stride, packed + k * COLUMNS + v * LANES);
+#pragma GCC unroll 4
+                for (int i = 0; i < LINE; i += LANES)
+                    transpose(w + v * LANES * stride + k + i, stride, packed + (k + i) * COLUMNS + v * LANES, COLUMNS);
         }
     for (; k < K; ++k)
         for (int64_t n = 0; n < COLUMNS; ++n) packed[k * COLUMNS + n] = n < n_count ? w[n * stride + k] : 0.0f;
+}
+
+// x (rows m of stride, K) -> (K, rows), for a tile of `rows` <= MOST_ROWS. Of x there are `available` rows; where these
+// are LANES or more, up to LANES floats behind the result are written too.
+VAR_FAST_TARGET inline void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t available, int64_t K,
+                                      float* packed) {
+    int64_t k = 0;
+    if (available >= LANES && rows > 1)
+        for (; k + LANES <= K; k += LANES) transpose(x + k, stride, packed + k * rows, rows);  // each line over the last's end
+    for (; k < K; ++k)
+        for (int64_t m = 0; m < rows; ++m) packed[k * rows + m] = x[m * stride + k];
 }
