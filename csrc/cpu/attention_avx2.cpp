@@ -15,7 +15,9 @@ template <int M>
 VAR_FAST_AVX2 void tile(const float* a, int64_t a_row, const float* b, int64_t b_step, float* c, int64_t c_row,
                         int64_t depth, bool add) {
     __m256 sum[M][2];
+#pragma GCC unroll 6  // all loops over sums, else they live in memory
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) sum[m][n] = add ? _mm256_loadu_ps(c + m * c_row + 8 * n) : _mm256_setzero_ps();
     for (int64_t step = 0; step < depth; ++step, b += b_step) {
         const __m256 low = _mm256_loadu_ps(b), high = _mm256_loadu_ps(b + 8);
@@ -26,7 +28,9 @@ VAR_FAST_AVX2 void tile(const float* a, int64_t a_row, const float* b, int64_t b
             sum[m][1] = _mm256_fmadd_ps(factor, high, sum[m][1]);
         }
     }
+#pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) _mm256_storeu_ps(c + m * c_row + 8 * n, sum[m][n]);
 }
 
