@@ -161,7 +161,8 @@ def main(
     if nvcc is None and files:
         console.print(f"nvcc is not found: the {len(files)} files of csrc/cuda are left out")
     else:
-        jobs += [(compile_cuda_file, nvcc, file, target) for file in files for target in wanted]
+        # first: one of them takes half a minute, which others fill if it is not the last
+        jobs[:0] = [(compile_cuda_file, nvcc, file, target) for file in files for target in wanted]
     with ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_take, initargs=(jobs,)) as pool:
         running = pool.map(_compile, range(len(jobs)))
         running = track(running, "compiling", len(jobs), console=console, disable=not console.is_terminal)

@@ -122,10 +122,10 @@ void cpu_group_norm_silu(uintptr_t x, int x_type, uintptr_t weight, uintptr_t bi
                                    hw, C, groups, eps, silu, writable<void>(y), type_of(y_type), threads);
 }
 
-void cpu_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t M, int64_t N, int64_t K, bool gelu, uintptr_t y,
-                int threads) {
+void cpu_linear(uintptr_t x, uintptr_t weight, int weight_type, uintptr_t bias, int64_t M, int64_t N, int64_t K, bool gelu,
+                uintptr_t y, int threads) {
     py::gil_scoped_release without_gil;
-    var_fast::cpu::linear(pointer<float>(x), pointer<float>(weight), pointer<float>(bias), M, N, K, gelu,
+    var_fast::cpu::linear(pointer<float>(x), pointer<void>(weight), type_of(weight_type), pointer<float>(bias), M, N, K, gelu,
                           reinterpret_cast<float*>(y), threads);
 }
 
@@ -250,8 +250,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_token_exponentials", &var_fast::cpu::token_exponentials, py::arg("seed"), py::arg("scale"),
           py::arg("token"), py::arg("V"));
     m.def("cpu_isa", [] { return var_fast::cpu::isa_name(var_fast::cpu::isa()); });
-    m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("M"), py::arg("N"),
-          py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
+    m.def("cpu_linear", &cpu_linear, py::arg("x"), py::arg("weight"), py::arg("weight_type"), py::arg("bias"), py::arg("M"),
+          py::arg("N"), py::arg("K"), py::arg("gelu"), py::arg("y"), py::arg("threads"));
     m.def("cpu_linear_bf16_packed_bytes", &var_fast::cpu::linear_bf16_packed_bytes, py::arg("N"), py::arg("K"));
     m.def("cpu_linear_bf16_pack", &cpu_linear_bf16_pack, py::arg("weight"), py::arg("N"), py::arg("K"),
           py::arg("packed"), py::arg("threads"));

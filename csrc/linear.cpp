@@ -74,8 +74,9 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
                       " features, expected ", y_MN.size(1));
     if (!place.cuda && is_float) {
         RECORD_USER_SCOPE("op:matrix products");  // see leaf.h
-        cpu::linear(x_MK.const_data_ptr<float>(), layer.weight_NK.const_data_ptr<float>(), float_pointer(layer.bias_N),
-                    x_MK.size(0), layer.out_features, x_MK.size(1), gelu, y_MN.mutable_data_ptr<float>(), place.threads);
+        cpu::linear(x_MK.const_data_ptr<float>(), layer.weight_NK.const_data_ptr(), element_type(layer.weight_NK),
+                    float_pointer(layer.bias_N), x_MK.size(0), layer.out_features, x_MK.size(1), gelu,
+                    y_MN.mutable_data_ptr<float>(), place.threads);
         return y_MN;
     }
     if (layer.layout == Layout::tiles) {

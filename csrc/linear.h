@@ -1,5 +1,5 @@
-// A linear layer where its weights lie: on a CPU own float32 kernel, of bfloat16 own kernel with AMX, else oneDNN's
-// packed one; on CUDA cuBLASLt, of a half type and few rows own kernel.
+// A linear layer where its weights lie: on a CPU own float32 kernel, which takes half weights too; of bfloat16 x own kernel
+// with AMX, else oneDNN's packed one; on CUDA cuBLASLt, of a half type and few rows own kernel.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -61,10 +61,11 @@ int64_t v_cache_bytes(Type type, int64_t R, int64_t H, int64_t D, int64_t capaci
 void scale_attention(const void* q, const void* k_cache, const void* v_cache, Type type, int64_t R, int64_t l,
                      int64_t H, int64_t D, int64_t length, int64_t capacity, void* out, int threads);
 
-// y (M, N) = x (M, K) W^T + bias (nullptr: none), W (N, K) row-major; gelu: tanh-GELU of that. The order of an element's
-// additions depends on K and the instruction set alone, so a row does not depend on the others.
-void linear(const float* x, const float* weight, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu,
-            float* y, int threads);
+// y (M, N) = x (M, K) W^T + bias (nullptr: none), W (N, K) row-major, its numbers as they are, of any type; gelu: tanh-GELU
+// of that. The order of an element's additions depends on K and the instruction set alone, so a row does not depend on the
+// others.
+void linear(const float* x, const void* weight, Type weight_type, const float* bias, int64_t M, int64_t N, int64_t K,
+            bool gelu, float* y, int threads);
 
 // The same of bfloat16 x and y, summed in float32. linear_bf16_pack makes `packed` (linear_bf16_packed_bytes long, aligned
 // to 64 bytes) from weight (N, K) bfloat16. Needs isa() >= amx, else throws std::runtime_error; packing does not.

@@ -51,7 +51,7 @@ namespace {
 
 constexpr int FETCHES = 4;
 using Tile = void (*)(const float* x, const float* w, int64_t K, const float* base, int64_t base_stride, float* out,
-                      int64_t out_stride, const float* next, int64_t next_stride);
+                      int64_t out_stride, const char* next, int64_t next_stride, int64_t fetched);
 
 struct Kernels {
     int64_t lanes, columns, most_rows;
@@ -206,7 +206,7 @@ private:
                 // the next point's weights lie behind these
                 const Tile run = kernels_.tiles[rows - 1][(part + 1) * fetch <= columns ? fetch_index : 0];
                 run(inputs_.get() + (point * tiles + i) * CHUNK, w, K, chunk > 0 ? out : nullptr, columns, out, columns,
-                    w + (columns + part * fetch) * K, K);
+                    reinterpret_cast<const char*>(w + (columns + part * fetch) * K), K * sizeof(float), 16 * sizeof(float));
             }
         }
     }

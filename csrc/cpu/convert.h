@@ -1,4 +1,4 @@
-// float <-> bfloat16, and from a Type to the C++ type of its elements. Inlined into every instruction set's version of a
+// float <-> bfloat16, from float16, and from a Type to the C++ type of its elements. Inlined into every instruction set's version of a
 // loop, where the compiler vectorises it.
 #pragma once
 
@@ -26,6 +26,10 @@ struct bf16 {
     uint16_t bits;
 };
 
+struct f16 {
+    uint16_t bits;
+};
+
 VAR_FAST_INLINE float to_float(float x) { return x; }
 
 VAR_FAST_INLINE float to_float(bf16 x) {
@@ -33,6 +37,14 @@ VAR_FAST_INLINE float to_float(bf16 x) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+VAR_FAST_INLINE float to_float(f16 x) {
+    const uint32_t magnitude = x.bits & 0x7fffu;
+    const float small = static_cast<float>(magnitude) * 0x1p-24f;  // right where the exponent is zero
+    const uint32_t wider = magnitude < 0x7c00u ? (127 - 15) << 23 : (255 - 31) << 23;  // infinity and NaN stay what they are
+    const uint32_t bits = magnitude < 0x400u ? bits_as<uint32_t>(small) : (magnitude << 13) + wider;
+    return bits_as<float>(bits | (x.bits & 0x8000u) << 16);
 }
 
 VAR_FAST_INLINE void store(float* to, float value) { *to = value; }

@@ -1,5 +1,6 @@
-// y = x W^T + bias in float32 from plain row-major weights. A panel of 32 columns x 256 weights is transposed into the
-// first-level cache and multiplied with all rows of x; that costs little for few rows, where reading the weights is
+// y = x W^T + bias in float32 from plain row-major weights of any type: half ones are widened on the way, so that they
+// take half the memory, and half the time where reading them is most of the work. A panel of 32 columns x 256 weights is
+// transposed into the first-level cache and multiplied with all rows of x; that costs little for few rows, where reading the weights is
 // most of the work, and next to nothing for many. An element is a sum over chunks of 256 products, added in order,
 // whatever the number of rows and threads.
 #include <algorithm>
@@ -22,13 +23,13 @@ constexpr int64_t BLOCK_ROWS = 512;
 constexpr int FETCHES = 4;
 
 using Tile = void (*)(const float* x, const float* w, int64_t K, const float* base, int64_t base_stride, float* out,
-                      int64_t out_stride, const float* next, int64_t next_stride);
-using Pack = void (*)(const float* w, int64_t stride, int64_t n_count, int64_t K, const float* next, float* packed);
+                      int64_t out_stride, const char* next, int64_t next_stride, int64_t fetched);
+using Pack = void (*)(const void* w, int64_t stride, int64_t n_count, int64_t K, const void* next, float* packed);
 
 struct Kernels {
     int64_t lanes, columns, most_rows;
     const Tile (*tiles)[FETCHES];  // of 1 ... most_rows rows, which fetch 0, 4, 8, 16 rows of the weights meanwhile
-    const Pack* pack_columns;      // which fetches none, half of the columns
+    const Pack (*pack_columns)[2];  // by the weights' Type; which fetches none, half of the columns
     void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t available, int64_t K, float* packed);
 };
 
@@ -38,7 +39,9 @@ struct Kernels {
     const Kernels& kernels(std::integer_sequence<int, I...>) {                                              \
         static constexpr Tile TILES[][FETCHES] = {                                                          \
             {tile<I + 1, 1, I + 1, 0>, tile<I + 1, 1, I + 1, 4>, tile<I + 1, 1, I + 1, 8>, tile<I + 1, 1, I + 1, 16>}...};\
-        static constexpr Pack PACKS[] = {pack_columns<0>, pack_columns<COLUMNS / 2>};                       \
+        static constexpr Pack PACKS[][2] = {{pack_columns<float, 0>, pack_columns<float, COLUMNS / 2>},      \
+                                            {pack_columns<bf16, 0>, pack_columns<bf16, COLUMNS / 2>},        \
+                                            {pack_columns<f16, 0>, pack_columns<f16, COLUMNS / 2>}};         \
         static constexpr Kernels KERNELS = {LANES, COLUMNS, MOST_ROWS, TILES, PACKS, pack_rows};                              \
         return KERNELS;                                                                                     \
     }                                                                                                       \
@@ -69,7 +72,10 @@ struct GeluRows {
 };
 
 struct Problem {
-    const float *x, *weight, *bias;
+    const float* x;
+    const char* weight;
+    Type type;  // of the weights
+    const float* bias;
     int64_t M, N, K;
     bool gelu;
     float* y;
@@ -77,7 +83,8 @@ struct Problem {
 
 // Panels [begin, end) of y's columns, rows [m_begin, m_end).
 void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end) {
-    const int64_t columns = kernels.columns, K = p.K, N = p.N;
+    const int64_t columns = kernels.columns, K = p.K, N = p.N, size = p.type == Type::f32 ? 4 : 2;
+    const Pack* const pack_columns = kernels.pack_columns[static_cast<int>(p.type)];
     const int64_t blocks = (m_end - m_begin + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t all_chunks = std::max<int64_t>((K + CHUNK - 1) / CHUNK, 1);
     const int64_t most_rows = (m_end - m_begin + blocks - 1) / blocks;
@@ -105,10 +112,10 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
                 const int64_t n0 = panel * columns, n_count = std::min(columns, N - n0);
                 for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                     const int64_t k0 = (first_chunk + chunk) * CHUNK, k_count = std::min<int64_t>(CHUNK, K - k0);
-                    const float* w = p.weight + n0 * K + k0;
-                    const float* next = chunk + 1 < chunks ? w + CHUNK : w + columns * K - chunk * CHUNK;
+                    const char* w = p.weight + (n0 * K + k0) * size;
+                    const char* next = w + (chunk + 1 < chunks ? CHUNK : columns * K - chunk * CHUNK) * size;
                     const bool has_next = chunk + 1 < chunks || panel + 1 < end;
-                    kernels.pack_columns[has_next && fetched_by_pack > 0](w, K, n_count, k_count, next, packed_w.get());
+                    pack_columns[has_next && fetched_by_pack > 0](w, K, n_count, k_count, next, packed_w.get());
                     const bool first = k0 == 0;
                     int64_t fetched_rows = fetched_by_pack;
                     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -119,16 +126,16 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
                         const int64_t base_stride = first ? 0 : N;
                         const bool fetches = has_next && fetched_rows + fetch <= columns;
                         const Tile run = kernels.tiles[m_count - 1][fetches ? fetch_index : 0];
-                        const float* fetched = next + fetched_rows * K;
+                        const char* fetched = next + fetched_rows * K * size;
                         fetched_rows += fetch;
                         if (n_count == columns) {
-                            run(tile_x, packed_w.get(), k_count, base, base_stride, out, N, fetched, K);
+                            run(tile_x, packed_w.get(), k_count, base, base_stride, out, N, fetched, K * size, 16 * size);
                             continue;
                         }
                         for (int64_t i = 0; base && i < m_count; ++i)
                             std::copy_n(base + i * base_stride, n_count, edge_base + i * columns);
                         run(tile_x, packed_w.get(), k_count, base ? edge_base : nullptr, columns, edge_out, columns,
-                            fetched, K);
+                            fetched, K * size, 16 * size);
                         for (int64_t i = 0; i < m_count; ++i)
                             std::copy_n(edge_out + i * columns, n_count, out + i * N);
                     }
@@ -142,10 +149,10 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
 
 }  // namespace
 
-void linear(const float* x, const float* weight, const float* bias, int64_t M, int64_t N, int64_t K, bool gelu,
-            float* y, int threads) {
+void linear(const float* x, const void* weight, Type weight_type, const float* bias, int64_t M, int64_t N, int64_t K,
+            bool gelu, float* y, int threads) {
     if (M == 0 || N == 0) return;
-    const Problem problem{x, weight, bias, M, N, K, gelu, y};
+    const Problem problem{x, static_cast<const char*>(weight), weight_type, bias, M, N, K, gelu, y};
     const Kernels& chosen = kernels();
     const int64_t panels = (N + chosen.columns - 1) / chosen.columns;
     // less than some 10 microseconds of work is not worth a second thread

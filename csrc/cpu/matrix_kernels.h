@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "convert.h"
 #include "isa.h"
 
 #ifdef VAR_FAST_X86
@@ -35,16 +36,26 @@ inline Vector minus_fma(Vector a, Vector b, Vector c) { return c - a * b; }
 inline Vector add(Vector a, Vector b) { return a + b; }
 inline Vector subtract(Vector a, Vector b) { return a - b; }
 inline Vector multiply(Vector a, Vector b) { return a * b; }
-// (LANES rows of `stride`, LANES) -> (LANES rows of `to_stride`, LANES), written in order
-inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+// (LANES rows of `stride`, LANES) of float32, bfloat16 or float16 -> (LANES rows of `to_stride`, LANES), written in order
+template <class From>
+inline void transpose(const From* from, int64_t stride, float* to, int64_t to_stride) {
     for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < LANES; ++j) to[i * to_stride + j] = from[j * stride + i];
+        for (int j = 0; j < LANES; ++j) to[i * to_stride + j] = to_float(from[j * stride + i]);
 }
 #include "matrix_tile.h"
 #undef VAR_FAST_TARGET
 }  // namespace portable
 
 #ifdef VAR_FAST_X86
+VAR_FAST_INLINE_AVX2 __m128 four(const float* p) { return _mm_loadu_ps(p); }
+VAR_FAST_INLINE_AVX2 __m128 four(const bf16* p) {
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16));
+}
+VAR_FAST_INLINE_AVX2 __m128 four(const f16* p) {
+    return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
 namespace avx2 {
 #define VAR_FAST_TARGET VAR_FAST_AVX2
 using Vector = __m256;
@@ -58,15 +69,16 @@ VAR_FAST_TARGET inline Vector minus_fma(Vector a, Vector b, Vector c) { return _
 VAR_FAST_TARGET inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 VAR_FAST_TARGET inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 VAR_FAST_TARGET inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+template <class From>
+VAR_FAST_TARGET inline void transpose(const From* from, int64_t stride, float* to, int64_t to_stride) {
 #pragma GCC unroll 2
     for (int k = 0; k < LANES; k += 4) {
         __m256d half[4];
         __m256 row[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
-            row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * stride + k)),
-                                          _mm_loadu_ps(from + (4 + i) * stride + k), 1);
+            row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(four(from + i * stride + k)),
+                                          four(from + (4 + i) * stride + k), 1);
         half[0] = _mm256_castps_pd(_mm256_unpacklo_ps(row[0], row[1]));
         half[1] = _mm256_castps_pd(_mm256_unpackhi_ps(row[0], row[1]));
         half[2] = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
@@ -100,25 +112,26 @@ VAR_FAST_TARGET inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, 
 VAR_FAST_TARGET inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 VAR_FAST_TARGET inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 // Groups of four lanes come together while loading, the ports that multiply do half the shuffles of the usual way.
-VAR_FAST_TARGET inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+template <class From>
+VAR_FAST_TARGET inline void transpose(const From* from, int64_t stride, float* to, int64_t to_stride) {
     __asm__("" : "+r"(stride));  // else gcc keeps dozens of offsets, in memory
     __m512 row[4][4];            // [i][j]: k = 4j ... 4j + 3 of rows i, i + 4, i + 8, i + 12
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i, from += stride) {
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) row[i][j] = _mm512_castps128_ps512(_mm_loadu_ps(from + 4 * j));
-        const float* p = from + 4 * stride;
+        for (int j = 0; j < 4; ++j) row[i][j] = _mm512_castps128_ps512(four(from + 4 * j));
+        const From* p = from + 4 * stride;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-            row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0x00F0, _mm_loadu_ps(p + 4 * j));
+            row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0x00F0, four(p + 4 * j));
         p += 4 * stride;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-            row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0x0F00, _mm_loadu_ps(p + 4 * j));
+            row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0x0F00, four(p + 4 * j));
         p += 4 * stride;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-            row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0xF000, _mm_loadu_ps(p + 4 * j));
+            row[i][j] = _mm512_mask_broadcast_f32x4(row[i][j], 0xF000, four(p + 4 * j));
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, to += to_stride) {

@@ -1,4 +1,5 @@
-"""The native float32 linear layer: against float64, and bitwise the same in any batch and on any threads."""
+"""The native float32 linear layer: against float64, bitwise the same in any batch, on any threads and of half weights as
+of the same numbers in float32."""
 
 import platform
 
@@ -12,6 +13,7 @@ from tests.ops.on_isa import ISAS, rerun_on
 from var_fast import _C
 
 GUARD = 12345.0
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def native(x, weight, bias, gelu=False, threads=1):
@@ -21,6 +23,7 @@ def native(x, weight, bias, gelu=False, threads=1):
     _C.cpu_linear(
         x.data_ptr(),
         weight.data_ptr(),
+        TYPES[weight.dtype],
         0 if bias is None else bias.data_ptr(),
         M,
         N,
@@ -102,6 +105,37 @@ def test_a_column_does_not_depend_on_the_others():
     whole = native(x, weight, b)
     for n in (1, 5, 31, 32, 33, 64, 99):
         assert torch.equal(native(x, weight[:n], b[:n]), whole[:, :n])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.integers(0, 2**31),
+    st.integers(1, 40),
+    st.integers(1, 100),
+    st.integers(0, 600),
+    st.integers(1, 3),
+)
+@example(torch.bfloat16, 0, 1, 64, 512, 1)
+@example(torch.float16, 0, 9, 64, 512, 2)
+def test_half_weights_count_as_they_are(dtype, seed, M, N, K, threads):
+    x, weight, b = random_case(seed, M, N, K)
+    weight = weight.to(dtype)
+    assert torch.equal(native(x, weight, b, True, threads), native(x, weight.float(), b, True, threads))
+
+
+@pytest.mark.parametrize("K", [1, 16])  # one after the other, and many at once
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_number(dtype, K):
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    weight = torch.zeros(len(numbers), K, dtype=dtype)
+    weight[:, -1] = numbers
+    y_1N = native(torch.ones(1, K), weight, None)
+    assert torch.equal(y_1N[0], numbers.float())
+    special = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=dtype)
+    assert torch.equal(native(torch.ones(1, 1), special[:2, None], None)[0], special[:2].float())
+    assert native(torch.ones(1, 1), special[2:, None], None).isnan().all()
 
 
 def test_without_rows_nothing_happens():
