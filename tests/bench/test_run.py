@@ -57,15 +57,21 @@ def test_a_short_report_has_all_its_files(tmp_path):
 def test_an_interrupt_writes_what_is_finished(tmp_path, how):
     arguments = ["--suite", "sample", "--models", "demo", "--batch", "1,2,4096", "--device", "cpu", "--rounds", "2"]
     process = subprocess.Popen(
-        command(*arguments, "--seconds", "1", "--out", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(*arguments, "--seconds", "1", "--out", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
     )
     file = tmp_path / "report.json"
     deadline = time.monotonic() + 120
-    while not (file.exists() and len(json.loads(file.read_text())["rows"]) >= 2):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=120)
+    try:
+        while not (file.exists() and len(json.loads(file.read_text())["rows"]) >= 2):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert errors.decode().strip().endswith("interrupted")
     report = Report.read(file)

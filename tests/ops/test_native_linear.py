@@ -1,5 +1,5 @@
-"""The native float32 linear layer: against float64, bitwise the same in any batch, on any threads and of half weights as
-of the same numbers in float32."""
+"""The native float32 linear layer: against float64, bitwise the same in any batch, on any threads, and of half weights
+as of the same numbers in float32."""
 
 import platform
 

@@ -11,7 +11,7 @@ from var_fast.models import VAR
 from var_fast.ops.backend import BackendUnavailable, choose_backend, named_backend
 
 
-def native_can(var: VAR, dtype: torch.dtype) -> bool:
+def native_can(var: VAR) -> bool:
     """Whether the native loop can stand for this model as it is now; False too if VAR_FAST_BACKEND asks for the
     reference.
 
@@ -19,7 +19,7 @@ def native_can(var: VAR, dtype: torch.dtype) -> bool:
     """
     if choose_backend("sampling_loop", var.lvl_1L.device) != "native":
         return False
-    problem = why_not_native(var, dtype)
+    problem = why_not_native(var)
     if problem and named_backend("auto") == "native":
         raise BackendUnavailable(f"sampling_loop: 'native' (asked for by VAR_FAST_BACKEND) cannot run: {problem}")
     return problem is None
@@ -30,7 +30,7 @@ def choose_loop(var: VAR, dtype: torch.dtype, last: NativeLoop | PythonLoop | No
     asked_for = choose_backend("sampling_loop", var.lvl_1L.device)
     if asked_for == "native" and isinstance(last, NativeLoop) and last.dtype == dtype and last.still_stands():
         return last
-    native = native_can(var, dtype)
+    native = native_can(var)
     if not native and isinstance(last, PythonLoop) and last.dtype == dtype:
         return last
     return (NativeLoop if native else PythonLoop)(var, dtype)

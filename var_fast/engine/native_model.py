@@ -23,7 +23,9 @@ def native_model(var: VAR, dtype: torch.dtype):
     """A `_C.Model` that computes in `dtype` (float32, bfloat16, float16) on the model's device.
 
     float32 weights are shared with `var`, not copied. Of half types there is one copy of what enters the large products
-    (blocks, decoder), and on CUDA of the head and the modulations; the rest stays in float32 and shared.
+    (blocks, decoder), and on CUDA of the head and the modulations; the rest stays in float32 and shared. A CPU without
+    products of the half type keeps the blocks' weights in it, half the memory to hold and to read, and computes in
+    float32.
     """
     from var_fast import _C
 
@@ -31,7 +33,7 @@ def native_model(var: VAR, dtype: torch.dtype):
     quantize = var.vae_quant_proxy[0]
     attention = var.blocks[0].attn
     model = _C.Model()
-    model.dtype = dtype
+    model.dtype = packer.computes_in
     model.patch_nums = list(var.patch_nums)
     model.C, model.H, model.V, model.Cvae = var.C, var.num_heads, var.V, var.Cvae
     model.hidden = var.blocks[0].ffn.fc1.out_features
@@ -98,7 +100,9 @@ class _Packer:
 
         self._C, self.dtype, self.device = _C, dtype, device
         self.pages = FilePages()
-        on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+        has_bfloat16 = _C.cpu_isa() in ("avx512_bf16", "amx")
+        on_cpu = device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16
+        self.computes_in = dtype if device.type == "cuda" or on_cpu else torch.float32
         self.packs = on_cpu and _onednn_packs_bfloat16()
         self.tiles = on_cpu and _C.cpu_isa() == "amx"
         # With AMX oneDNN's direct convolutions come near the tiles' full rate: over the layers of d16's decoder
@@ -116,10 +120,10 @@ class _Packer:
         return self._linear(self._cast(layer.weight), _float(layer.bias))
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor):
-        weight_NK = self._cast(weight)
+        weight_NK = self._cast(weight, self.dtype)
         if self.tiles:
             return self._in_tiles(weight_NK, _float(bias))
-        bias_N = self._cast(bias)
+        bias_N = self._cast(bias, self.computes_in)
         if self.packs:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, PACKED_FOR_ROWS)
             return self._C.Linear(packed, bias_N, self._C.Layout.onednn, len(bias_N))
@@ -135,7 +139,7 @@ class _Packer:
         if self.winograd and weight.shape[2:] == (3, 3) and padding == 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS:
             return self._winograd(weight, bias)
         weight, bias = self._cast(weight), _float(bias) if self.device.type == "cuda" else self._cast(bias)
-        if self.dtype != torch.float32:  # a copy anyway, so one in the layout of the maps
+        if self.computes_in != torch.float32:  # a copy anyway, so one in the layout of the maps
             weight = weight.contiguous(memory_format=torch.channels_last)
         if self.packs:
             weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), [padding] * 2, [1, 1], [1, 1], 1)
@@ -198,9 +202,11 @@ class _Packer:
     def _linear(self, weight_NK, bias_N):
         return self._C.Linear(weight_NK, bias_N, self._C.Layout.plain, weight_NK.shape[0])
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        cast = tensor.detach().to(self.dtype).contiguous()
-        if self.dtype != torch.float32 and self.device.type == "cpu":
+    def _cast(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """To `dtype`, or the type that is computed in."""
+        dtype = dtype or self.computes_in
+        cast = tensor.detach().to(dtype).contiguous()
+        if dtype != torch.float32 and self.device.type == "cpu":
             self.pages.give_back(tensor)
         return cast
 

@@ -42,14 +42,15 @@ class Sampler:
 
     `dtype`: "float32" (the reference's tokens; on CUDA, convolutions round to TF32 unless
     torch.backends.cudnn.allow_tf32 is False), "bfloat16" or "float16", or "auto": bfloat16 where the device computes in
-    it, else float32. Float32 weights are shared with `var`; a half type keeps one copy of its own of the large ones.
+    it, else float32. Float32 weights are shared with `var`; a half type keeps one copy of its own of the large ones. A
+    CPU without products of a half type (of float16 any) keeps the blocks' weights in it and computes in float32.
     Weights and layers that are changed later are heard, in either case (on CUDA, and of weights mapped from a file, not
     changes through `.data` or by a fused optimizer without `var.train()` between two calls). `device`: moves the model
     there; None: where it is. `max_batch`: larger requests are made in parts. Calls from several threads are safe.
 
     The loop runs in C++, on CUDA as a graph that is captured at the first call with a batch size (rounded up to a power
-    of two) and options. Where it cannot (a layer that was replaced, float16 on a CPU, VAR_FAST_BACKEND=reference) the
-    PyTorch modules run instead. Raises UserError for an unknown dtype or device.
+    of two) and options. Where it cannot (a layer that was replaced, VAR_FAST_BACKEND=reference) the PyTorch
+    modules run instead. Raises UserError for an unknown dtype or device.
     """
 
     def __init__(self, var: VAR, *, dtype: str = "auto", device: str | torch.device | None = None, max_batch: int = 64):

@@ -19,15 +19,13 @@ MOST_CHANNELS, MOST_HEAD_CHANNELS, MOST_CODES, MOST_WIDTH = 4608, 128, 12800, 20
 SHARED_MEMORY = 160 * 1024  # bytes that sm_80, the smallest, has for pyramid_update
 
 
-def why_not_native(var: VAR, dtype: torch.dtype) -> str | None:
+def why_not_native(var: VAR) -> str | None:
     """Why the native loop cannot stand for this model, or None if it can.
 
     It reads the weights of the layers that the model's class has. One that was replaced, resized or hooked into
     (adapters, pruned or quantised layers, probes) would not be heard, or worse.
     """
     vae, device = var.vae_proxy[0], var.lvl_1L.device
-    if device.type == "cpu" and dtype == torch.float16:
-        return "float16 is not for CPUs"
     if type(var) is not VAR or type(vae) is not VQVAE:
         return f"it is a {type(var).__name__} with a {type(vae).__name__}, classes that the native loop does not know"
     try:
