@@ -151,9 +151,9 @@ py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<ui
     return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
 }
 
-void cpu_conv3x3_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed) {
+void cpu_conv3x3_pack(uintptr_t weight, int64_t Cin, int64_t Cout, uintptr_t packed, int threads) {
     py::gil_scoped_release without_gil;
-    var_fast::cpu::conv3x3_pack(pointer<float>(weight), Cin, Cout, reinterpret_cast<float*>(packed));
+    var_fast::cpu::conv3x3_pack(pointer<float>(weight), Cin, Cout, reinterpret_cast<float*>(packed), threads);
 }
 
 void cpu_conv3x3(uintptr_t x, uintptr_t packed, uintptr_t bias, uintptr_t residual, int64_t B, int64_t h, int64_t w,
@@ -262,7 +262,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("packed2"), py::arg("bias2"), py::arg("M"), py::arg("C"), py::arg("hidden"), py::arg("scratch"),
           py::arg("y"), py::arg("threads"));
     m.def("cpu_conv3x3_packed_bytes", &var_fast::cpu::conv3x3_packed_bytes, py::arg("Cin"), py::arg("Cout"));
-    m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"));
+    m.def("cpu_conv3x3_pack", &cpu_conv3x3_pack, py::arg("weight"), py::arg("Cin"), py::arg("Cout"), py::arg("packed"),
+          py::arg("threads"));
     m.def("cpu_conv3x3", &cpu_conv3x3, py::arg("x"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
           py::arg("B"), py::arg("h"), py::arg("w"), py::arg("Cin"), py::arg("Cout"), py::arg("y"), py::arg("threads"));
     m.def("cpu_conv3x3_bf16_packed_bytes", &var_fast::cpu::conv3x3_bf16_packed_bytes, py::arg("Cin"), py::arg("Cout"));

@@ -123,7 +123,7 @@ private:
         }
         const int64_t floats = cpu::conv3x3_packed_bytes(in, out) / static_cast<int64_t>(sizeof(float));
         if (!packed_.defined() || packed_.numel() < floats) packed_ = at::empty({floats}, x_BChw.options());
-        cpu::conv3x3_pack(layer.weight.const_data_ptr<float>(), in, out, packed_.mutable_data_ptr<float>());
+        cpu::conv3x3_pack(layer.weight.const_data_ptr<float>(), in, out, packed_.mutable_data_ptr<float>(), place_.threads);
         cpu::conv3x3(x_BChw.const_data_ptr<float>(), packed_.const_data_ptr<float>(), bias,
                      static_cast<const float*>(residual), B, h, w, in, out, y_BChw.mutable_data_ptr<float>(),
                      place_.threads);

@@ -84,7 +84,7 @@ void feed_forward_bf16(const void* x, const void* packed1, const float* bias1, c
 // aligned to 64 bytes) from weight (Cout, Cin, 3, 3); it holds for one process: its layout follows the instruction set.
 // An image's result does not depend on the others. Winograd F(4x4, 3x3): error about 2e-6 of the result.
 int64_t conv3x3_packed_bytes(int64_t Cin, int64_t Cout);
-void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed);
+void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed, int threads);
 void conv3x3(const float* x, const float* packed, const float* bias, const float* residual, int64_t B, int64_t h,
              int64_t w, int64_t Cin, int64_t Cout, float* y, int threads);
 

@@ -218,41 +218,54 @@ private:
     const Buffer patch_, inputs_, products_;
 };
 
+// Of one input channel G g G^T for `columns` output channels, the last ones zero if there are fewer: g (3, 3) lie `stride`
+// floats apart, the results of the 36 points `point` floats.
+struct TransformWeights {
+    __attribute__((always_inline)) static void run(const float* g, int64_t stride, int64_t outputs, int64_t columns, float* to,
+                                                   int64_t point) {
+        constexpr double A = POINT_A, B = POINT_B;
+        constexpr double SCALE_A = 2 * A * A * (A * A - B * B), SCALE_B = 2 * B * B * (B * B - A * A);
+        constexpr double G[6][3] = {{1 / (A * A * B * B), 0, 0},
+                                    {1 / SCALE_A, A / SCALE_A, A * A / SCALE_A},
+                                    {1 / SCALE_A, -A / SCALE_A, A * A / SCALE_A},
+                                    {1 / SCALE_B, B / SCALE_B, B * B / SCALE_B},
+                                    {1 / SCALE_B, -B / SCALE_B, B * B / SCALE_B},
+                                    {0, 0, 1}};
+        constexpr int MANY = 8;  // columns at a time
+        for (int64_t first = 0; first < columns; first += MANY) {
+            double taps[9][MANY] = {}, half[6][3][MANY];
+            for (int64_t c = 0; c < std::min<int64_t>(MANY, outputs - first); ++c)
+                for (int tap = 0; tap < 9; ++tap) taps[tap][c] = g[(first + c) * stride + tap];
+            for (int i = 0; i < 6; ++i)
+                for (int j = 0; j < 3; ++j)
+                    for (int c = 0; c < MANY; ++c)
+                        half[i][j][c] = G[i][0] * taps[j][c] + G[i][1] * taps[3 + j][c] + G[i][2] * taps[6 + j][c];
+            for (int i = 0; i < 6; ++i)
+                for (int j = 0; j < 6; ++j)
+                    for (int c = 0; c < MANY; ++c)
+                        to[(6 * i + j) * point + first + c] = static_cast<float>(
+                            half[i][0][c] * G[j][0] + half[i][1][c] * G[j][1] + half[i][2][c] * G[j][2]);
+        }
+    }
+};
+
 }  // namespace
 
 int64_t conv3x3_packed_bytes(int64_t Cin, int64_t Cout) {
     return Channels(Cin, Cout, kernels().columns).floats() * static_cast<int64_t>(sizeof(float));
 }
 
-void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed) {
+void conv3x3_pack(const float* weight, int64_t Cin, int64_t Cout, float* packed, int threads) {
     const int64_t columns = kernels().columns;
     const Channels channels(Cin, Cout, columns);
-    constexpr double A = POINT_A, B = POINT_B;
-    constexpr double SCALE_A = 2 * A * A * (A * A - B * B), SCALE_B = 2 * B * B * (B * B - A * A);
-    constexpr double G[6][3] = {{1 / (A * A * B * B), 0, 0},
-                                {1 / SCALE_A, A / SCALE_A, A * A / SCALE_A},
-                                {1 / SCALE_A, -A / SCALE_A, A * A / SCALE_A},
-                                {1 / SCALE_B, B / SCALE_B, B * B / SCALE_B},
-                                {1 / SCALE_B, -B / SCALE_B, B * B / SCALE_B},
-                                {0, 0, 1}};
-    for (int64_t panel = 0; panel < channels.panels; ++panel)
-        for (int64_t in = 0; in < Cin; ++in) {
-            const int64_t chunk = in / channels.chunk, count = channels.count(chunk);
-            float* to = packed + channels.offset(chunk, panel) + in % channels.chunk * columns;
-            for (int64_t column = 0; column < columns; ++column, ++to) {
-                const int64_t out = panel * columns + column;
-                constexpr float NONE[9] = {};
-                const float* g = out < Cout ? weight + (out * Cin + in) * 9 : NONE;
-                double half[6][3];
-                for (int i = 0; i < 6; ++i)
-                    for (int j = 0; j < 3; ++j)
-                        half[i][j] = G[i][0] * g[j] + G[i][1] * g[3 + j] + G[i][2] * g[6 + j];
-                for (int i = 0; i < 6; ++i)
-                    for (int j = 0; j < 6; ++j)
-                        to[(6 * i + j) * count * columns] = static_cast<float>(
-                            half[i][0] * G[j][0] + half[i][1] * G[j][1] + half[i][2] * G[j][2]);
-            }
+    parallel_for(channels.panels * Cin, threads, 4096 / columns, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t panel = i / Cin, in = i % Cin, chunk = in / channels.chunk, first = panel * columns;
+            float* const to = packed + channels.offset(chunk, panel) + in % channels.chunk * columns;
+            dispatch<TransformWeights>(weight + (first * Cin + in) * 9, Cin * 9, std::min(columns, Cout - first), columns, to,
+                                       channels.count(chunk) * columns);
         }
+    });
 }
 
 void conv3x3(const float* x, const float* packed, const float* bias, const float* residual, int64_t B, int64_t h,

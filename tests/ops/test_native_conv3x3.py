@@ -14,12 +14,12 @@ from var_fast import _C
 GUARD = 12345.0
 
 
-def pack(weight):
+def pack(weight, threads=2):
     """weight (Cout, Cin, 3, 3) -> what conv3x3 reads."""
     Cout, Cin = weight.shape[:2]
     floats = _C.cpu_conv3x3_packed_bytes(Cin, Cout) // 4
     packed = torch.full((floats + 64,), GUARD)
-    _C.cpu_conv3x3_pack(weight.data_ptr(), Cin, Cout, packed.data_ptr())
+    _C.cpu_conv3x3_pack(weight.data_ptr(), Cin, Cout, packed.data_ptr(), threads)
     assert torch.all(packed[floats:] == GUARD)
     return packed
 
@@ -123,6 +123,12 @@ def test_an_image_does_not_depend_on_the_others_nor_on_the_threads(h, w, Cin, Co
         for image in (0, 3, 6):
             alone = native(x[image : image + 1], packed, bias, residual[image : image + 1], Cout, threads)
             assert torch.equal(alone, whole[image : image + 1])
+
+
+@pytest.mark.parametrize("Cin, Cout", [(32, 32), (170, 41)])
+def test_packed_weights_do_not_depend_on_the_threads(Cin, Cout):
+    weight = torch.randn(Cout, Cin, 3, 3)
+    assert torch.equal(pack(weight, threads=1), pack(weight, threads=3))
 
 
 def test_residual_may_be_the_output_itself():
