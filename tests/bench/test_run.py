@@ -55,9 +55,9 @@ def test_a_short_report_has_all_its_files(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_writes_what_is_finished(tmp_path, how):
-    arguments = ["--suite", "sample", "--models", "demo", "--batch", "1,2,4096", "--device", "cpu", "--dtype", "float32"]
+    arguments = [*SHORT, "--batch", "1,2,4096", "--seconds", "1"]
     process = subprocess.Popen(
-        command(*arguments, "--rounds", "2", "--seconds", "1", "--out", tmp_path),
+        command(*arguments, "--out", tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
