@@ -66,7 +66,8 @@ struct Kernels {
     template <int... I>                                                                                     \
     const Kernels& kernels(std::integer_sequence<int, I...>) {                                              \
         static constexpr Tile TILES[][FETCHES] = {                                                          \
-            {tile<I + 1, CHUNK, 1, 0>, tile<I + 1, CHUNK, 1, 4>, tile<I + 1, CHUNK, 1, 8>, tile<I + 1, CHUNK, 1, 16>}...}; \
+            {tile<I + 1, CHUNK, 1, 0>, tile<I + 1, CHUNK, 1, 4>, tile<I + 1, CHUNK, 1, 8>,                  \
+             tile<I + 1, CHUNK, 1, 16>}...};                                                                \
         static constexpr Kernels KERNELS = {LANES, COLUMNS, MOST_ROWS, TILES, input_tile, output_tile};     \
         return KERNELS;                                                                                     \
     }                                                                                                       \

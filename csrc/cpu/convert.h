@@ -1,5 +1,5 @@
-// float <-> bfloat16, from float16, and from a Type to the C++ type of its elements. Inlined into every instruction set's version of a
-// loop, where the compiler vectorises it.
+// float <-> bfloat16, from float16, and from a Type to the C++ type of its elements. Inlined into every instruction
+// set's version of a loop, where the compiler vectorises it.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ VAR_FAST_INLINE float to_float(bf16 x) {
 VAR_FAST_INLINE float to_float(f16 x) {
     const uint32_t magnitude = x.bits & 0x7fffu;
     const float small = static_cast<float>(magnitude) * 0x1p-24f;  // right where the exponent is zero
-    const uint32_t wider = magnitude < 0x7c00u ? (127 - 15) << 23 : (255 - 31) << 23;  // infinity and NaN stay what they are
+    const uint32_t wider = magnitude < 0x7c00u ? (127 - 15) << 23 : (255 - 31) << 23;  // infinity and NaN stay so
     const uint32_t bits = magnitude < 0x400u ? bits_as<uint32_t>(small) : (magnitude << 13) + wider;
     return bits_as<float>(bits | (x.bits & 0x8000u) << 16);
 }

@@ -1,8 +1,7 @@
-// y = x W^T + bias in float32 from plain row-major weights of any type: half ones are widened on the way, so that they
-// take half the memory, and half the time where reading them is most of the work. A panel of 32 columns x 256 weights is
-// transposed into the first-level cache and multiplied with all rows of x; that costs little for few rows, where reading the weights is
-// most of the work, and next to nothing for many. An element is a sum over chunks of 256 products, added in order,
-// whatever the number of rows and threads.
+// y = x W^T + bias in float32 from plain row-major weights of any type: half ones, less to hold and to read, are widened
+// on the way. A panel of 32 columns x 256 weights is transposed into the first-level cache and multiplied with all rows of
+// x; that costs little for few rows, where reading the weights is most of the work, and next to nothing for many. An
+// element is a sum over chunks of 256 products, added in order, whatever the number of rows and threads.
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -38,11 +37,12 @@ struct Kernels {
     template <int... I>                                                                                     \
     const Kernels& kernels(std::integer_sequence<int, I...>) {                                              \
         static constexpr Tile TILES[][FETCHES] = {                                                          \
-            {tile<I + 1, 1, I + 1, 0>, tile<I + 1, 1, I + 1, 4>, tile<I + 1, 1, I + 1, 8>, tile<I + 1, 1, I + 1, 16>}...};\
+            {tile<I + 1, 1, I + 1, 0>, tile<I + 1, 1, I + 1, 4>, tile<I + 1, 1, I + 1, 8>,                  \
+             tile<I + 1, 1, I + 1, 16>}...};                                                                \
         static constexpr Pack PACKS[][2] = {{pack_columns<float, 0>, pack_columns<float, COLUMNS / 2>},      \
                                             {pack_columns<bf16, 0>, pack_columns<bf16, COLUMNS / 2>},        \
                                             {pack_columns<f16, 0>, pack_columns<f16, COLUMNS / 2>}};         \
-        static constexpr Kernels KERNELS = {LANES, COLUMNS, MOST_ROWS, TILES, PACKS, pack_rows};                              \
+        static constexpr Kernels KERNELS = {LANES, COLUMNS, MOST_ROWS, TILES, PACKS, pack_rows};            \
         return KERNELS;                                                                                     \
     }                                                                                                       \
     const Kernels& kernels() { return kernels(std::make_integer_sequence<int, MOST_ROWS>()); }              \

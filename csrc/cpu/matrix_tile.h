@@ -49,8 +49,8 @@ VAR_FAST_TARGET void tile(const float* x, const float* w, int64_t K, const float
         }
 }
 
-// w (rows n of stride, K) of From -> (K, COLUMNS), zeros where n >= n_count; meanwhile FETCH rows at `next` as above. A cache line
-// is used up at once: rows that lie 4096 bytes apart evict each other.
+// w (rows n of stride, K) of From -> (K, COLUMNS), zeros where n >= n_count; meanwhile FETCH rows at `next` as above. A
+// cache line is used up at once: rows that lie 4096 bytes apart evict each other.
 template <class From, int FETCH>
 VAR_FAST_TARGET void pack_columns(const void* weights, int64_t stride, int64_t n_count, int64_t K, const void* next,
                                   float* packed) {
