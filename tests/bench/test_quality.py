@@ -7,7 +7,7 @@ import torch
 
 from bench.backends import VARIABLE, use_backend
 from bench.quality import follow, psnr_db, quality_rows
-from var_fast import Sampler, load_checkpoint
+from var_fast import _C, Sampler, load_checkpoint
 from var_fast.engine.native_loop import NativeLoop
 from var_fast.errors import UserError
 from var_fast.ops.backend import choose_backend
@@ -89,7 +89,10 @@ def test_float32_is_the_reference_and_bfloat16_is_not():
     lengths = [1, 4, 9, 16, 25, 36, 64]
     mean = sum(a * l for a, l in zip(bfloat16["agreement_per_scale"], lengths)) / sum(lengths)
     assert bfloat16["token_agreement"] == pytest.approx(mean, abs=1e-6)
-    assert 40 < bfloat16["psnr_same_tokens_db"] < 80  # 56
+    if _C.cpu_isa() in ("avx512_bf16", "amx"):
+        assert 40 < bfloat16["psnr_same_tokens_db"] < 80  # 56
+    else:  # the decoder is float32's
+        assert bfloat16["psnr_same_tokens_db"] == float32["psnr_same_tokens_db"]
     assert bfloat16["psnr_free_db"] > 5  # another token early on is another image
     assert bfloat16["skipped"] is None
 

@@ -119,8 +119,8 @@ class _Packer:
             return self.float_linear(layer)
         return self._linear(self._cast(layer.weight), _float(layer.bias))
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor):
-        weight_NK = self._cast(weight, self.dtype)
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype | None = None):
+        weight_NK = self._cast(weight, dtype or self.dtype)
         if self.tiles:
             return self._in_tiles(weight_NK, _float(bias))
         bias_N = self._cast(bias, self.computes_in)
@@ -186,7 +186,8 @@ class _Packer:
                 convs.append(self._layer(block.nin_shortcut))
             yield self._step("residual", norms=[self._norm(block.norm1), self._norm(block.norm2)], convs=convs)
         elif isinstance(block, AttnBlock):
-            linears = [self.linear(conv.weight.flatten(1), conv.bias) for conv in (block.qkv, block.proj_out)]
+            convs = (block.qkv, block.proj_out)
+            linears = [self.linear(conv.weight.flatten(1), conv.bias, self.computes_in) for conv in convs]
             yield self._step("attention", norms=[self._norm(block.norm)], linears=linears)
 
     def _step(self, kind: str, norms=(), convs=(), linears=()):
@@ -203,7 +204,7 @@ class _Packer:
         return self._C.Linear(weight_NK, bias_N, self._C.Layout.plain, weight_NK.shape[0])
 
     def _cast(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """To `dtype`, or the type that is computed in."""
+        """To `dtype`, by default the type that is computed in."""
         dtype = dtype or self.computes_in
         cast = tensor.detach().to(dtype).contiguous()
         if dtype != torch.float32 and self.device.type == "cpu":
