@@ -73,6 +73,7 @@ at::Tensor linear(const at::Tensor& x_MK, const Linear& layer, bool gelu, const 
     TORCH_CHECK_VALUE(!y_MN.defined() || y_MN.size(1) == layer.out_features, "a layer makes ", layer.out_features,
                       " features, expected ", y_MN.size(1));
     if (!place.cuda && is_float) {
+        TORCH_CHECK_VALUE(layer.layout == Layout::plain, "a layer's weight is packed, and its input is float32");
         RECORD_USER_SCOPE("op:matrix products");  // see leaf.h
         cpu::linear(x_MK.const_data_ptr<float>(), layer.weight_NK.const_data_ptr(), element_type(layer.weight_NK),
                     float_pointer(layer.bias_N), x_MK.size(0), layer.out_features, x_MK.size(1), gelu,

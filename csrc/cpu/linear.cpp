@@ -96,8 +96,10 @@ void part(const Kernels& kernels, const Problem& p, int64_t m_begin, int64_t m_e
         const int64_t rows = m_begin + cut(m_end - m_begin, blocks, block + 1) - m0;
         const int64_t tiles = (rows + kernels.most_rows - 1) / kernels.most_rows;
         // The weights that come next are fetched by the first 8, 4 or 2 tiles; one tile alone shares them with packing.
-        const int fetch_index = tiles >= 8 ? 1 : tiles >= 4 ? 2 : 3, fetch = 2 << fetch_index;
         const int64_t fetched_by_pack = tiles == 1 ? columns / 2 : 0;
+        int fetch_index = tiles >= 8 ? 1 : tiles >= 4 ? 2 : 3;
+        while (fetch_index > 1 && 2 << fetch_index > columns - fetched_by_pack) --fetch_index;
+        const int fetch = 2 << fetch_index;
         for (int64_t first_chunk = 0; first_chunk < all_chunks; first_chunk += span) {
             const int64_t chunks = std::min(span, all_chunks - first_chunk);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import rates
-from bench.rates import Candidate, fastest, measure
+from bench.rates import Candidate, faster, fastest, measure
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,15 @@ def test_rates_of_this_cpu():
     # No CPU that runs torch is outside of these: a wrong unit or a count of operations off by 1000 is.
     assert 5e8 < found["copy_bytes_per_s"] < 2e12
     assert 1e9 < found["flops_per_s"]["float32"] < 1e14
+
+
+def test_half_types_are_no_slower_than_float32():
+    assert faster(("linear", 2.0), ("convolution", 1.0)) == ("linear", 2.0)
+    assert faster(("linear", 1.0), ("convolution", 2.0)) == ("convolution, in float32", 2.0)
+    assert faster(None, ("convolution", 2.0)) == ("convolution, in float32", 2.0)
+    found = measure("cpu", [torch.float16, torch.float32])["flops_per_s"]
+    assert found["float16"] >= found["float32"]
+    assert set(measure("cpu", [torch.float16])["flops_per_s"]) == {"float16"}
 
 
 def test_the_best_repetition_of_the_best_candidate_counts():

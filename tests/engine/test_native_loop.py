@@ -18,7 +18,7 @@ from torch import nn
 from bench.backends import use_backend
 from tests.models.golden_util import CASES, load_case
 from tests.ops.on_isa import run_on
-from var_fast import VAR, VQVAE, Sampler
+from var_fast import _C, VAR, VQVAE, Sampler
 from var_fast.engine.graphs import bucket
 from var_fast.engine.loops import choose_loop, native_can
 from var_fast.engine.native_loop import NativeLoop
@@ -84,23 +84,27 @@ def test_logits_of_every_scale_and_the_image(case, dtype, tolerance, image_toler
     assert relative(image_B3HW, expected_B3HW) < image_tolerance
 
 
-def test_half_weights_are_float32s_of_the_same_numbers(case):
-    """A CPU computes in float32 with the blocks' weights in float16."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_are_float32s_of_the_same_numbers(case, dtype):
+    """A CPU without products of a half type computes in float32 with the weights of the large products in it."""
+    if dtype == torch.bfloat16 and _C.cpu_isa() in ("avx512_bf16", "amx"):
+        pytest.skip("this CPU has bfloat16 products")
     rounded = copy.deepcopy(case.var.eval())
     layers = [layer for block in rounded.blocks for layer in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1)]
     layers += [block.ffn.fc2 for block in rounded.blocks]
     with torch.no_grad():
         for layer in layers:
-            layer.weight.copy_(layer.weight.half())
+            layer.weight.copy_(layer.weight.to(dtype))
     tokens = some_tokens(case.var)
-    logits, image_B3HW = follow(NativeLoop(case.var, torch.float16), tokens)
+    logits, image_B3HW = follow(NativeLoop(case.var, dtype), tokens)
     expected, expected_B3HW = follow(NativeLoop(rounded, torch.float32), tokens)
     assert all(torch.equal(a, b) for a, b in zip(logits, expected)) and torch.equal(image_B3HW, expected_B3HW)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")
 def test_a_cpu_without_bfloat16():
-    run_on("avx2", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "bfloat16- or decoder_of")
+    chosen = "bfloat16- or decoder_of or half_weights"
+    run_on("avx2", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen)
 
 
 @pytest.mark.parametrize("more_smooth", [False, True])
@@ -409,7 +413,8 @@ def test_batches_are_captured_in_powers_of_two(batch, largest, size):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_decoder_of_many_pixels(dtype, tolerance):
-    """In float32 its convolutions are Winograd's from 64 x 64 pixels on, in bfloat16 all where the CPU has no AMX."""
+    """In float32 its convolutions are Winograd's from 64 x 64 pixels on, in bfloat16 all where the CPU has
+    products of it but no AMX."""
     torch.manual_seed(0)
     vae = VQVAE(vocab_size=16, z_channels=8, ch=32, v_patch_nums=(1, 17), ch_mult=(1, 2, 2))
     var = VAR(vae, num_classes=7, depth=1, embed_dim=32, num_heads=1, patch_nums=(1, 17)).eval()

@@ -133,9 +133,11 @@ def test_every_half_number(dtype, K):
     weight[:, -1] = numbers
     y_1N = native(torch.ones(1, K), weight, None)
     assert torch.equal(y_1N[0], numbers.float())
-    special = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=dtype)
-    assert torch.equal(native(torch.ones(1, 1), special[:2, None], None)[0], special[:2].float())
-    assert native(torch.ones(1, 1), special[2:, None], None).isnan().all()
+    weight = torch.zeros(48, K, dtype=dtype)  # 32 columns of y at once, and a rest
+    special = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=dtype).repeat(16)
+    weight[:, -1] = special
+    y_1N = native(torch.ones(1, K), weight, None)
+    assert torch.equal(y_1N[0].nan_to_num(nan=7.0, posinf=8.0, neginf=9.0), torch.tensor([8.0, 9.0, 7.0]).repeat(16))
 
 
 def test_without_rows_nothing_happens():

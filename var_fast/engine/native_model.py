@@ -20,12 +20,12 @@ PACKED_FOR_ROWS = 256  # a hint for oneDNN's choice of layout; every number from
 
 
 def native_model(var: VAR, dtype: torch.dtype):
-    """A `_C.Model` that computes in `dtype` (float32, bfloat16, float16) on the model's device.
+    """A `_C.Model` for `dtype` (float32, bfloat16, float16) on the model's device.
 
     float32 weights are shared with `var`, not copied. Of half types there is one copy of what enters the large products
-    (blocks, decoder), and on CUDA of the head and the modulations; the rest stays in float32 and shared. A CPU without
-    products of the half type keeps the blocks' weights in it, half the memory to hold and to read, and computes in
-    float32.
+    (the blocks' four, decoder), and on CUDA of the head and the modulations; the rest stays in float32 and shared. A
+    CPU without products of the half type (AVX512-BF16 and AMX are the ones used) computes in float32: it keeps only
+    the weights of the blocks' products in the half type, half the memory to hold and to read, and shares the decoder's.
     """
     from var_fast import _C
 

@@ -43,7 +43,8 @@ class Sampler:
     `dtype`: "float32" (the reference's tokens; on CUDA, convolutions round to TF32 unless
     torch.backends.cudnn.allow_tf32 is False), "bfloat16" or "float16", or "auto": bfloat16 where the device computes in
     it, else float32. Float32 weights are shared with `var`; a half type keeps one copy of its own of the large ones. A
-    CPU without products of a half type (of float16 any) keeps the blocks' weights in it and computes in float32.
+    CPU without products of a half type (of float16 any) computes in float32 and keeps the weights of the blocks'
+    products in the half type.
     Weights and layers that are changed later are heard, in either case (on CUDA, and of weights mapped from a file, not
     changes through `.data` or by a fused optimizer without `var.train()` between two calls). `device`: moves the model
     there; None: where it is. `max_batch`: larger requests are made in parts. Calls from several threads are safe.
