@@ -430,3 +430,16 @@ def test_one_launch_rows_that_are_no_number(value, monkeypatch):
     monkeypatch.setenv("VAR_FAST_ONE_LAUNCH_ROWS", value)
     with pytest.raises(UserError, match="VAR_FAST_ONE_LAUNCH_ROWS is '.*', expected a number of tokens"):
         native_model(load_case(CASES[0]).var, torch.float32)
+
+
+def test_packed_weights_of_a_float32_model_are_refused(monkeypatch):
+    var = load_case(CASES[0]).var.eval()
+
+    def with_packed_head(*arguments):
+        model = native_model(*arguments)
+        model.head = _C.Linear(var.head.weight.detach(), var.head.bias.detach(), _C.Layout.onednn, var.V)
+        return model
+
+    monkeypatch.setattr("var_fast.engine.native_loop.native_model", with_packed_head)
+    with pytest.raises(ValueError, match="a layer's weight is packed, and its input is float32"):
+        follow(NativeLoop(var, torch.float32), some_tokens(var))
