@@ -2,6 +2,7 @@
 # then var_fast in it. A second run finds it done. TORCH=torch==2.13.0 may name another version or a wheel.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+JOBS ?= 2
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 VENV := $(or $(ACTIVE),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
@@ -21,8 +22,9 @@ demo: $(STAMP)-run  ## sample 16 images from the model in this package into demo
 	@$(BIN)/var-fast sample $(DEMO_OPTIONS) --out demo.png
 	@echo "the picture is $(CURDIR)/demo.png"
 
-test: $(STAMP)-test  ## every test that needs no GPU
-	$(BIN)/python -m pytest -q
+# threads that wait must not spin: the other processes need the cores
+test: $(STAMP)-test  ## every test that needs no GPU, in JOBS=2 processes
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)-test  ## ruff: rules and format
 	$(BIN)/ruff check .

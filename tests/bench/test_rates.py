@@ -1,5 +1,4 @@
 import json
-import time
 
 import pytest
 import torch
@@ -20,9 +19,7 @@ def clock_of(seconds):
 
 
 def test_rates_of_this_cpu():
-    begin = time.perf_counter()
     found = measure("cpu", [torch.float32])
-    assert time.perf_counter() - begin < 8  # 1.2 s on two quiet cores
     assert set(found) == {"copy_bytes_per_s", "flops_per_s", "of"}
     assert set(found["flops_per_s"]) == {"float32"}
     assert set(found["of"]) == {"copy", "float32"}

@@ -1,21 +1,38 @@
 """Interleaved timing: the order, the number of calls, and what happens when one breaks off."""
 
+import math
 import time
 
 import pytest
 import torch
 
-from bench.timing import LEAST_SAMPLE_S, Timed, elapsed, interleave
+from bench.timing import LEAST_SAMPLE_S, REST_S, Timed, elapsed, interleave
 
 CPU = torch.device("cpu")
 
 
-def recorder(name, log, seconds=0.0):
-    def call(value):
-        log.append((name, value))
-        time.sleep(seconds)
+class Clock:
+    """In place of bench.timing's `time`: passes only while something sleeps."""
 
-    return call
+    now = 0.0
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def perf_counter(self):
+        return self.now
+
+    monotonic = perf_counter
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr("bench.timing.time", clock := Clock())
+    return clock
+
+
+def recorder(name, log):
+    return lambda value: log.append((name, value))
 
 
 def test_each_round_has_an_order_of_its_own_and_calls_rotate_the_inputs():
@@ -30,20 +47,24 @@ def test_each_round_has_an_order_of_its_own_and_calls_rotate_the_inputs():
     assert [len(one.samples_s) for one in timed] == [20, 20, 20]
 
 
-def test_short_calls_share_a_sample_and_seconds_are_a_call():
-    log = []
-    one = Timed(recorder("a", log, seconds=1e-3), estimate_s=1e-3)
-    interleave([one], [(0,)], CPU, budget_s=0, least_rounds=3)
-    assert len(log) == 3 * round(LEAST_SAMPLE_S["cpu"] / 1e-3)
-    assert all(1e-3 <= sample < 5e-3 for sample in one.samples_s)
+def test_short_calls_share_a_sample_and_seconds_are_a_call(clock):
+    calls = []
+
+    def call():
+        calls.append(0)
+        clock.sleep(1e-3)
+
+    one = Timed(call, estimate_s=1e-3)
+    interleave([one], [()], CPU, budget_s=0, least_rounds=3)
+    assert len(calls) == 3 * round(LEAST_SAMPLE_S["cpu"] / 1e-3)
+    assert one.samples_s == pytest.approx([1e-3] * 3)
 
 
-def test_rounds_go_on_until_the_budget_is_spent():
-    one = Timed(lambda: time.sleep(0.01), estimate_s=0.01)
-    begin = time.perf_counter()
+def test_rounds_go_on_until_the_budget_is_spent(clock):
+    one = Timed(lambda: clock.sleep(0.01), estimate_s=0.01)
     interleave([one], [()], CPU, budget_s=0.2, least_rounds=2)
-    assert 0.2 <= time.perf_counter() - begin < 1.0
-    assert len(one.samples_s) > 5
+    assert 0.2 <= clock.now < 0.2 + 0.01 + REST_S
+    assert len(one.samples_s) == math.ceil(0.2 / (0.01 + REST_S))
 
 
 def test_one_that_fails_leaves_the_others_their_rounds():
