@@ -17,7 +17,7 @@ from torch import nn
 
 from bench.backends import use_backend
 from tests.models.golden_util import CASES, load_case
-from tests.ops.on_isa import run_on
+from tests.ops.on_isa import rerun_on
 from var_fast import _C, VAR, VQVAE, Sampler
 from var_fast.engine.graphs import bucket
 from var_fast.engine.loops import choose_loop, native_can
@@ -103,8 +103,7 @@ def test_half_weights_are_float32s_of_the_same_numbers(case, dtype):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")
 def test_a_cpu_without_bfloat16():
-    chosen = "bfloat16- or decoder_of or half_weights"
-    run_on("avx2", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen)
+    rerun_on("avx2", __file__, "bfloat16- or decoder_of or half_weights")
 
 
 @pytest.mark.parametrize("more_smooth", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.native_checks import TOLERANCE, TYPES
-from tests.ops.on_isa import ISAS, run_on
+from tests.ops.on_isa import ISAS, rerun_on
 from tests.ops.test_scale_attention import masked_softmax
 from var_fast import VAR, VQVAE
 from var_fast.ops import (
@@ -355,4 +355,4 @@ def test_one_graph_under_torch_compile(dtype):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     """What the extension computes; attention is torch's."""
-    run_on(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "adaln or qk_norm or gelu")
+    rerun_on(isa, __file__, "adaln or qk_norm or gelu")
