@@ -75,6 +75,16 @@ def test_training_from_images_encodes_them(made, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "model").classes == CLASSES
 
 
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_type_that_this_cpu_is_slow_in_is_told(made, tmp_path, capsys, monkeypatch, lacks):
+    monkeypatch.setattr("var_fast.training.cli.lacks_products", lambda name, device: lacks and name == "bfloat16")
+    common = ("--precision", "bfloat16", "--steps", 1, *RUN)
+    capsys.readouterr()
+    assert run("train", "transformer", "--data", made / "tokens", "--out", tmp_path / "a", *SMALL, *common) == 0
+    assert run("train", "tokenizer", "--data", made / "images", "--out", tmp_path / "b", *SHAPE, *common) == 0
+    assert capsys.readouterr().out.count("warning: precision bfloat16: this CPU has no products of it") == 2 * lacks
+
+
 def test_what_is_refused(made, tmp_path, capsys):
     def says(*words):
         return refused(capsys, tmp_path, "train", *words)

@@ -18,6 +18,7 @@ from var_fast.cli_models import load_tokenizer, pick_device
 from var_fast.errors import UserError
 from var_fast.training.loop import Cadence, run_loop
 from var_fast.training.memory import keep_freed_memory
+from var_fast.training.precision import lacks_products
 from var_fast.training.ranks import Ranks, join_ranks
 from var_fast.training.recipes import TRANSFORMER_PRESETS
 from var_fast.training.schedule import Limits
@@ -146,6 +147,7 @@ def tokenizer(
         limits = length(len(train), made.batch)
         job = TokenizerJob(made, train, val, ranks, workers=options.workers, val_images=options.val_images)
         _say_what(console, job.vae, len(train), len(val) if val else 0, limits)
+        _warn_of_slow(console, made.precision, ranks.device)
         options.train(job, limits, cadence, console)
 
 
@@ -192,6 +194,7 @@ def transformer(
         limits = length(source.images, made.batch)
         job = TransformerJob(made, vae, source, ranks, limits.steps)
         _say_what(console, job.var, source.images, None, limits)
+        _warn_of_slow(console, made.precision, ranks.device)
         options.train(job, limits, cadence, console)
 
 
@@ -231,6 +234,12 @@ def _say_what(console: Console, model: torch.nn.Module, images: int, held_out: i
     if limits.minutes:
         parts.append(f"{limits.minutes:g} minutes")
     console.print(", ".join(parts), soft_wrap=True, highlight=False)
+
+
+def _warn_of_slow(console: Console, precision: str, device: torch.device) -> None:
+    if lacks_products(precision, device):
+        words = f"warning: precision {precision}: this CPU has no products of it, float32 may be several times faster"
+        console.print(words, soft_wrap=True, highlight=False)
 
 
 class SavedType(str, Enum):

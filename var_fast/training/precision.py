@@ -17,6 +17,14 @@ LARGEST_SCALE = 32768.0
 SMALLEST_SCALE = 1e-3
 
 
+def lacks_products(name: str, device: torch.device) -> bool:
+    """Whether this is known of a type of PRECISIONS: an x86 CPU on which torch's autocast would be slow in it."""
+    instructions = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}
+    if device.type != "cpu" or name not in instructions or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    return not torch.cpu.get_capabilities().get(instructions[name], True)
+
+
 class Precision:
     """One of "float32", "bfloat16" and "float16" on a device. Weights, optimizer and averages are float32 in all."""
 
