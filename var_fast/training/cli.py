@@ -87,6 +87,10 @@ class RunOptions:
 
     def train(self, job: Any, limits: Limits, cadence: Cadence, console: Console) -> None:
         """Runs the loop."""
+        precision = job.settings.precision
+        if lacks_products(precision, job.ranks.device):
+            words = f"warning: precision {precision}: this CPU has no products of it, float32 is likely much faster"
+            console.print(words, soft_wrap=True, highlight=False)
         run_loop(
             job,
             self.out or Path("runs", job.kind),
@@ -147,7 +151,6 @@ def tokenizer(
         limits = length(len(train), made.batch)
         job = TokenizerJob(made, train, val, ranks, workers=options.workers, val_images=options.val_images)
         _say_what(console, job.vae, len(train), len(val) if val else 0, limits)
-        _warn_of_slow(console, made.precision, ranks.device)
         options.train(job, limits, cadence, console)
 
 
@@ -194,7 +197,6 @@ def transformer(
         limits = length(source.images, made.batch)
         job = TransformerJob(made, vae, source, ranks, limits.steps)
         _say_what(console, job.var, source.images, None, limits)
-        _warn_of_slow(console, made.precision, ranks.device)
         options.train(job, limits, cadence, console)
 
 
@@ -234,12 +236,6 @@ def _say_what(console: Console, model: torch.nn.Module, images: int, held_out: i
     if limits.minutes:
         parts.append(f"{limits.minutes:g} minutes")
     console.print(", ".join(parts), soft_wrap=True, highlight=False)
-
-
-def _warn_of_slow(console: Console, precision: str, device: torch.device) -> None:
-    if lacks_products(precision, device):
-        words = f"warning: precision {precision}: this CPU has no products of it, float32 may be several times faster"
-        console.print(words, soft_wrap=True, highlight=False)
 
 
 class SavedType(str, Enum):
